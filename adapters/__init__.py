@@ -1,0 +1,13 @@
+"""The built-in adapters, one host a file or folder, registered as a third party's would be."""
+
+from __future__ import annotations
+
+from lynx.adapter import Adapter
+from lynx.adapters.transformers.adapter import TransformersAdapter
+from lynx.hookspecs import hookimpl
+
+
+@hookimpl
+def lynx_adapters() -> list[Adapter]:
+    """Return the built-in adapters."""
+    return [TransformersAdapter()]

@@ -1,0 +1,1 @@
+"""Lynx on models of Hugging Face transformers."""

@@ -1,0 +1,160 @@
+"""The transformers adapter: hooks on backbone and routers, and optionally Lynx's experts implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lynx.adapter import Discovery, FoundLayer, Installation
+from lynx.adapters.transformers import experts as experts_room
+from lynx.adapters.transformers.discovery import (
+    LOOKED_FOR,
+    RouterLayer,
+    describe,
+    find_routers,
+    outermost,
+    pretrained_models,
+)
+from lynx.adapters.transformers.hooks import (
+    CallBegins,
+    CallEnds,
+    RouterHook,
+    StepBegins,
+    StepContext,
+    StepEnds,
+    parameter_names,
+)
+from lynx.adapters.transformers.step import stop_ids
+from lynx.config import Config
+from lynx.errors import AttachError
+from lynx.routing import Phase
+from lynx.selection import LayerSelection
+
+
+class TransformersAdapter:
+    """Takes any model that holds a transformers ``PreTrainedModel`` with MoE layers."""
+
+    name = "transformers"
+
+    def recognises(self, model: Any) -> bool:
+        """Say whether there is a PreTrainedModel in the module tree."""
+        return isinstance(model, nn.Module) and bool(pretrained_models(model))
+
+    def discover(self, model: nn.Module) -> Discovery:
+        """Find and probe all routers."""
+        sites = find_routers(model)
+        layers = tuple(describe(site, index, len(sites)) for index, site in enumerate(sites))
+        why_not = next((reason for site in sites if (reason := experts_room.why_not(site.experts))), "")
+        words = f"the model's own ({why_not})" if why_not else "the model's own, or Lynx's"
+        return Discovery(self, layers, LOOKED_FOR, words)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        config: Config,
+        selections: Sequence[tuple[FoundLayer, LayerSelection]],
+        replaced: Installation | None,
+    ) -> TransformersInstallation:
+        """Check everything that can stand against attaching."""
+        pairs = cast("Sequence[tuple[RouterLayer, LayerSelection]]", selections)
+        experts = experts_room.choose(config.experts, [layer.site.experts for layer, _ in pairs])
+        for layer, _ in pairs:
+            for hook in layer.router._forward_hooks.values():
+                own = isinstance(replaced, TransformersInstallation) and replaced.owns(hook)
+                if isinstance(hook, RouterHook) and not own:
+                    raise AttachError(
+                        f"router {layer.info.name!r} is attached through another module; "
+                        "detach that one first (lynx.detach)."
+                    )
+        return TransformersInstallation(model, pairs, config.max_decode_q, experts)
+
+
+class TransformersInstallation:
+    """The hooks in one model.
+
+    Attributes:
+        experts: Which implementation runs the experts, ``model`` or ``lynx``.
+    """
+
+    def __init__(
+        self, model: nn.Module, pairs: Sequence[tuple[RouterLayer, LayerSelection]], max_decode_q: int, experts: str
+    ) -> None:
+        self.experts = experts
+        self._context = StepContext(max_decode_q)
+        self._handles: list[RemovableHandle] = []
+        self._switch = experts_room.ExpertsSwitch()
+        self._planned: tuple[nn.Module, Sequence[tuple[RouterLayer, LayerSelection]]] | None = (model, pairs)
+
+    def owns(self, hook: object) -> bool:
+        """Say whether a hook is one of this installation's."""
+        return isinstance(hook, RouterHook) and hook.context is self._context
+
+    def start(self) -> None:
+        """Register all hooks and the experts implementation, or nothing."""
+        assert self._planned is not None
+        planned, self._planned = self._planned, None  # the hooks must not keep the model alive
+        try:
+            self._hook(*planned)
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def paused(self) -> bool:
+        """Whether the model's own routing is let through."""
+        return self._context.paused
+
+    @paused.setter
+    def paused(self, value: bool) -> None:
+        self._context.paused = value
+
+    def _hook(self, model: nn.Module, pairs: Sequence[tuple[RouterLayer, LayerSelection]]) -> None:
+        """Register all hooks, and the experts implementation if Lynx's is to run."""
+        # Compiled code goes past hooks that were not there when it was traced, and nothing guards against that.
+        torch.compiler.reset()
+        context = self._context
+        for root in outermost(pretrained_models(model)):
+            context.stop_ids += stop_ids(root)
+            self._before(root, CallBegins(context, parameter_names(root)))
+            self._after(root, CallEnds(context))
+        modules = dict(model.named_modules())
+        routers: dict[str, list[RouterHook]] = {}
+        for layer, selection in pairs:
+            assert layer.fingerprint is not None
+            acts_on_prefill = Phase.PREFILL not in selection.exact_phases
+            hook = RouterHook(context, layer.fingerprint, selection, acts_on_prefill)
+            routers.setdefault(layer.site.backbone, []).append(hook)
+            self._handles.append(layer.router.register_forward_hook(hook, with_kwargs=True))
+        for name, hooks in routers.items():
+            self._before(modules[name], StepBegins(context, parameter_names(modules[name])))
+            self._after(modules[name], StepEnds(context, hooks))
+        if self.experts == experts_room.IMPLEMENTATION:
+            self._switch.set([layer.site.experts for layer, _ in pairs])
+
+    def remove(self) -> None:
+        """Take all hooks out, last first, and restore the experts implementation."""
+        self._switch.undo()
+        while self._handles:
+            self._handles.pop().remove()
+        self._context.step = self._context.tokens = None
+        torch.compiler.reset()
+
+    @contextmanager
+    def teacher_forced(self, prompt_columns: int) -> Iterator[None]:
+        """See :meth:`lynx.Handle.teacher_forced`."""
+        before, self._context.prompt_columns = self._context.prompt_columns, prompt_columns
+        try:
+            yield
+        finally:
+            self._context.prompt_columns = before
+
+    def _before(self, module: nn.Module, hook: Any) -> None:
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _after(self, module: nn.Module, hook: Any) -> None:
+        self._handles.append(module.register_forward_hook(hook, always_call=True))

@@ -1,0 +1,104 @@
+"""Lynx: batch-aware expert selection for Mixture-of-Experts decoding."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AttachError": "lynx.errors",
+    "Config": "lynx.config",
+    "ConfigError": "lynx.errors",
+    "Handle": "lynx.handle",
+    "Keep": "lynx.strategy",
+    "Knob": "lynx.strategy",
+    "LayerFilter": "lynx.config",
+    "LayerInfo": "lynx.strategy",
+    "LynxError": "lynx.errors",
+    "LynxWarning": "lynx.errors",
+    "Phase": "lynx.routing",
+    "PluginError": "lynx.errors",
+    "ReferenceModel": "lynx.reference_model",
+    "Report": "lynx.report",
+    "Role": "lynx.routing",
+    "Routing": "lynx.routing",
+    "SelectionStrategy": "lynx.strategy",
+    "StrategyError": "lynx.errors",
+    "UnsupportedModelError": "lynx.errors",
+    "WeightRule": "lynx.routing",
+    "Wrapper": "lynx.strategy",
+    "attach": "lynx.attachment",
+    "detach": "lynx.attachment",
+    "handle_of": "lynx.attachment",
+    "hookimpl": "lynx.hookspecs",
+    "load_config": "lynx.config",
+    "load_reference_model": "lynx.reference_model",
+    "make_strategy": "lynx.config",
+    "prune": "lynx.attachment",
+}
+__all__ = [
+    "AttachError",
+    "Config",
+    "ConfigError",
+    "Handle",
+    "Keep",
+    "Knob",
+    "LayerFilter",
+    "LayerInfo",
+    "LynxError",
+    "LynxWarning",
+    "Phase",
+    "PluginError",
+    "ReferenceModel",
+    "Report",
+    "Role",
+    "Routing",
+    "SelectionStrategy",
+    "StrategyError",
+    "UnsupportedModelError",
+    "WeightRule",
+    "Wrapper",
+    "__version__",
+    "attach",
+    "detach",
+    "handle_of",
+    "hookimpl",
+    "load_config",
+    "load_reference_model",
+    "make_strategy",
+    "prune",
+]
+
+if TYPE_CHECKING:
+    from lynx.attachment import attach, detach, handle_of, prune
+    from lynx.config import Config, LayerFilter, load_config, make_strategy
+    from lynx.errors import (
+        AttachError,
+        ConfigError,
+        LynxError,
+        LynxWarning,
+        PluginError,
+        StrategyError,
+        UnsupportedModelError,
+    )
+    from lynx.handle import Handle
+    from lynx.hookspecs import hookimpl
+    from lynx.reference_model import ReferenceModel, load_reference_model
+    from lynx.report import Report
+    from lynx.routing import Phase, Role, Routing, WeightRule
+    from lynx.strategy import Keep, Knob, LayerInfo, SelectionStrategy, Wrapper
+
+
+def __getattr__(name: str) -> Any:
+    # Names are loaded on first use: `import lynx` costs nothing, and the command line can show its help without torch.
+    if name not in _HOME:
+        raise AttributeError(f"module 'lynx' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

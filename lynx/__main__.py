@@ -1,0 +1,5 @@
+"""``python -m lynx``."""
+
+from lynx.cli import main
+
+main()

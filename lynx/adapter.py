@@ -1,0 +1,101 @@
+"""What an adapter does for the core: find the MoE layers of a host's model and stand between router and experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lynx.strategy import LayerInfo
+
+if TYPE_CHECKING:
+    from lynx.config import Config
+    from lynx.selection import LayerSelection
+
+
+@dataclass(frozen=True, slots=True)
+class FoundLayer:
+    """One MoE layer as an adapter sees it.
+
+    Attributes:
+        info: What the core and the strategies need to know.
+        router: The host's router module.
+        notes: What a user should know of this layer, for ``lynx inspect``.
+        refused: Why the layer cannot be taken, or an empty string.
+    """
+
+    info: LayerInfo
+    router: Any
+    notes: tuple[str, ...] = ()
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What an adapter found in a model.
+
+    Attributes:
+        adapter: The adapter that looked.
+        layers: The MoE layers, in the order in which they run.
+        looked_for: What the adapter looked for, for the error message.
+        experts: How the experts would run, in words.
+    """
+
+    adapter: Adapter
+    layers: tuple[FoundLayer, ...]
+    looked_for: str
+    experts: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Installation(Protocol):
+    """An adapter's hooks in one model; undone exactly by :meth:`remove`."""
+
+    experts: str
+    """Which experts implementation runs: ``model`` or ``lynx``."""
+    paused: bool
+    """While True, every hook lets the model's own routing through."""
+
+    def start(self) -> None:
+        """Put the selections to work, or raise and leave the model as it was."""
+        ...
+
+    def remove(self) -> None:
+        """Take every hook out and restore what was changed."""
+        ...
+
+    def teacher_forced(self, prompt_columns: int) -> AbstractContextManager[None]:
+        """Treat each column of a whole-sequence forward as one decode step; see :meth:`lynx.Handle.teacher_forced`."""
+        ...
+
+
+class Adapter(Protocol):
+    """One host framework."""
+
+    name: str
+
+    def recognises(self, model: Any) -> bool:
+        """Say whether the model is of this adapter's kind; cheap, imports no host that is not loaded already."""
+        ...
+
+    def discover(self, model: Any) -> Discovery:
+        """Find the MoE layers; changes nothing."""
+        ...
+
+    def prepare(
+        self,
+        model: Any,
+        config: Config,
+        selections: Sequence[tuple[FoundLayer, LayerSelection]],
+        replaced: Installation | None,
+    ) -> Installation:
+        """Check all that can stand against attaching, or raise; changes nothing.
+
+        Args:
+            model: The model.
+            config: The configuration.
+            selections: The layers to take, each with its selection.
+            replaced: The installation that will be removed before the new one starts, if there is one.
+        """
+        ...

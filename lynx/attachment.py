@@ -1,0 +1,228 @@
+"""attach, detach and prune: putting a strategy to work on a model, and taking it off again."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from lynx.config import Config, LayerFilter, resolve_config
+from lynx.errors import AttachError, ConfigError, LynxWarning, UnsupportedModelError
+from lynx.handle import Handle
+from lynx.log import logger
+from lynx.plugins import registry
+from lynx.selection import LayerSelection
+
+if TYPE_CHECKING:
+    from lynx.adapter import Discovery, FoundLayer
+
+_T = TypeVar("_T")
+_handles: WeakKeyDictionary[nn.Module, Handle] = WeakKeyDictionary()
+
+
+def attach(model: nn.Module, strategy: Any = None, /, **options: Any) -> Handle:
+    """Put a selection strategy between the routers and the experts of a model.
+
+    Every MoE layer is taken, or none and an error is raised. A model that is attached already gets the new strategy
+    in place of the old one, and keeps the old one if the new one is refused. Prefill is left exact unless the strategy
+    is an explicit ``phase-aware``.
+
+    Args:
+        model: The model; changed only by hooks that :func:`detach` takes out again.
+        strategy: A strategy's name, an instance, a mapping with ``name``, or a :class:`lynx.Config`. Without one, the
+            file that the environment variable ``LYNX_CONFIG`` names.
+        **options: Options of the strategy, and keys of :class:`lynx.Config` (``min_tokens``, ``max_decode_q``,
+            ``layers``, ``experts``), which override a config's own.
+
+    Returns:
+        A handle; also a context manager that detaches at its end.
+
+    Raises:
+        ConfigError: The strategy or an option is wrong.
+        UnsupportedModelError: No adapter can take the model.
+        AttachError: The model is attached through another module.
+
+    Example:
+        >>> import lynx
+        >>> model = lynx.load_reference_model().model
+        >>> with lynx.attach(model, "importance-threshold", ratio=0.4) as handle:
+        ...     print(handle.layers)
+        4
+    """
+    config = resolve_config(strategy, dict(options))
+    discovery = discover(model)
+    layers = _chosen(discovery, config)
+    selections = [(layer, LayerSelection(layer.info, config.strategy, config.min_tokens)) for layer in layers]
+    previous = _handles.get(model)
+    replaced = previous.installation if previous is not None else None
+    installation = discovery.adapter.prepare(model, config, selections, replaced)
+    # before anything is changed: a warning may be made an error
+    if any(getattr(layer.router, "training", False) for layer in layers):
+        warnings.warn(
+            "the model is in training mode; selection is inactive until model.eval()", LynxWarning, stacklevel=2
+        )
+    if previous is not None:
+        previous.detach()
+    installation.start()
+    handle = Handle(config, discovery.adapter.name, [selection for _, selection in selections], installation)
+    _handles[model] = handle
+    logger.info("lynx.attached", adapter=discovery.adapter.name, layers=len(layers), strategy=config.strategy.name)
+    return handle
+
+
+def detach(model: nn.Module) -> None:
+    """Take Lynx off a model; outputs are again those of the model alone, bit for bit.
+
+    Raises:
+        AttachError: Nothing is attached to this model.
+    """
+    handle_of(model).detach()
+
+
+def handle_of(model: nn.Module) -> Handle:
+    """Return the handle of an attached model, for instance one that :func:`prune` attached.
+
+    Raises:
+        AttachError: Nothing is attached to this very model. A copy of an attached model, or a wrapper around it, has
+            no handle.
+
+    Example:
+        >>> import lynx
+        >>> model = lynx.prune("batch-union", top=3)(lynx.load_reference_model().model)
+        >>> lynx.handle_of(model).layers
+        4
+    """
+    handle = _handles.get(model)
+    if handle is None or not handle.attached:
+        raise AttachError(
+            f"nothing is attached to this {type(model).__name__}; lynx.attach() was not called on this very object."
+        )
+    return handle
+
+
+def prune(strategy: Any = None, /, **options: Any) -> Callable[[_T], _T]:
+    """Attach a strategy with a decorator: to a loader, to a model class, or to a model.
+
+    Takes the same arguments as :func:`attach`. A decorated function attaches to the model it returns (or to the first
+    item, if it returns a tuple); a decorated class becomes a subclass whose own instances are attached, those of
+    further subclasses are not; a model is attached and returned. :func:`handle_of` gives the handle.
+
+    Example:
+        >>> import lynx
+        >>> @lynx.prune("batch-union", top=3)
+        ... def load():
+        ...     return lynx.load_reference_model().model
+        >>> model = load()
+        >>> lynx.detach(model)
+    """
+    resolve_config(strategy, dict(options))  # a wrong option is told where it is written, not when the model loads
+
+    def decorate(target: Any) -> Any:
+        if isinstance(target, nn.Module):
+            attach(target, strategy, **options)
+            return target
+        if isinstance(target, type) and issubclass(target, nn.Module):
+            return _pruned_class(target, strategy, options)
+        if callable(target):
+            return _pruned_loader(target, strategy, options)
+        raise ConfigError(f"prune() decorates a loader, a model class or a model; got {type(target).__name__}.")
+
+    return decorate
+
+
+def discover(model: nn.Module) -> Discovery:
+    """Find out what would be attached to, without changing anything.
+
+    Raises:
+        UnsupportedModelError: No adapter knows the model, or it has no MoE layer.
+    """
+    adapters = [adapter for adapter, _ in registry().adapters]
+    for adapter in adapters:
+        if adapter.recognises(model):
+            discovery = adapter.discover(model)
+            if not discovery.layers:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} has no MoE layer that the {adapter.name} adapter knows. "
+                    f"Looked for: {discovery.looked_for}. Found: {_module_kinds(model)}."
+                )
+            return discovery
+    names = ", ".join(adapter.name for adapter in adapters)
+    raise UnsupportedModelError(
+        f"no adapter takes a {type(model).__module__}.{type(model).__name__}. Adapters asked: {names}. "
+        f"Found: {_module_kinds(model)}."
+    )
+
+
+def _chosen(discovery: Discovery, config: Config) -> list[FoundLayer]:
+    """Apply the layer filter; refuse if a chosen layer cannot be taken."""
+    layers = list(discovery.layers)
+    if isinstance(config.layers, LayerFilter):
+        known = {key for layer in layers for key in (layer.info.index, layer.info.name)}
+        for key in (*config.layers.include, *config.layers.exclude):
+            if key not in known:
+                raise ConfigError(
+                    f"no MoE layer {key!r}; there are {len(layers)}, 0 to {len(layers) - 1}: "
+                    f"{', '.join(layer.info.name for layer in layers)}."
+                )
+        layers = [layer for layer in layers if _passes(layer, config.layers)]
+        if not layers:
+            raise ConfigError("`layers` leaves no MoE layer to attach to.")
+    for layer in layers:
+        if layer.refused:
+            raise UnsupportedModelError(f"layer {layer.info.name!r} cannot be taken: {layer.refused}")
+    return layers
+
+
+def _passes(layer: FoundLayer, chosen: LayerFilter) -> bool:
+    keys = {layer.info.index, layer.info.name}
+    return (not chosen.include or bool(keys & set(chosen.include))) and not keys & set(chosen.exclude)
+
+
+def _pruned_loader(load: Callable[..., Any], strategy: Any, options: dict[str, Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def pruned(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) and loaded else loaded
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"{load.__qualname__}() returned {type(loaded).__name__}; prune() needs it to return a model."
+            )
+        attach(model, strategy, **options)
+        return loaded
+
+    return pruned
+
+
+def _pruned_class(cls: type[nn.Module], strategy: Any, options: dict[str, Any]) -> type[nn.Module]:
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, *args, **kwargs)
+        # from_pretrained builds the model on the meta device and fills it later: it attaches itself, below
+        if type(self) is pruned and not any(parameter.is_meta for parameter in self.parameters()):
+            attach(self, strategy, **options)
+
+    def from_pretrained(subclass: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = super(pruned, subclass).from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model not in _handles:
+            attach(model, strategy, **options)
+        return loaded
+
+    body: dict[str, Any] = {"__init__": __init__, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    body["__qualname__"] = cls.__qualname__
+    if hasattr(cls, "from_pretrained"):
+        body["from_pretrained"] = classmethod(from_pretrained)
+    pruned: Any = type(cls.__name__, (cls,), body)
+    made: type[nn.Module] = pruned
+    return made
+
+
+def _module_kinds(model: Any, limit: int = 12) -> str:
+    if not isinstance(model, nn.Module):
+        return "not a torch module"
+    kinds = dict.fromkeys(type(module).__name__ for module in model.modules())
+    names = list(kinds)[:limit]
+    return ", ".join(names) + (f" and {len(kinds) - limit} more kinds of modules" if len(kinds) > limit else "")

@@ -1,0 +1,95 @@
+"""The command-line program. Commands import what they need when they run, so that help needs no torch."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lynx.errors import ConfigError, LynxError
+
+app = typer.Typer(
+    name="lynx",
+    help="Batch-aware expert selection for Mixture-of-Experts decoding.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and log events.")] = False,
+) -> None:
+    """Options of every command."""
+    context.obj = debug
+    if debug:
+        logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+        logging.getLogger("lynx").setLevel(logging.DEBUG)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer settings and batches; under a minute.")] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Also draw quality against active experts (PNG and SVG).")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.json, results.csv and the plot.")] = Path(
+        "lynx-demo"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Measure a dozen settings on the reference model: what they cost and what they buy."""
+    from lynx.cli.demo import run_demo
+
+    run_demo(quick, plot, out, as_json)
+
+
+@app.command()
+def strategies(
+    name: Annotated[str | None, typer.Argument(help="Show one strategy with its options.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the registered strategies, or describe one."""
+    from lynx.cli.strategies import show_strategies
+
+    show_strategies(name, as_json)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or config.json of a model, or `reference`.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what would be attached to in a model, and why not; builds it without its weights."""
+    from lynx.cli.inspect import inspect_model
+
+    inspect_model(model, as_json)
+
+
+@app.command()
+def doctor(
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown for an issue report.")] = False,
+) -> None:
+    """Show versions, devices, live execution paths and plugins."""
+    from lynx.cli.doctor import examine
+
+    examine(as_json, markdown)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program: exit code 2 on misuse, 1 on failure, no traceback unless ``--debug``."""
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(arguments, prog_name="lynx")
+    except LynxError as error:
+        if debug:
+            raise
+        typer.secho(f"lynx: {error}", fg=typer.colors.RED, err=True)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None

@@ -1,0 +1,96 @@
+"""``lynx inspect``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lynx.adapter import Discovery, FoundLayer
+from lynx.attachment import discover
+from lynx.errors import ConfigError, UnsupportedModelError
+
+
+def inspect_model(source: str, as_json: bool) -> None:
+    """Print the MoE layers of a model; exit with 1 if it could not be attached to."""
+    if source == "reference":
+        with as_file(files("lynx.reference_model")) as folder:
+            model = _without_weights(Path(folder))
+    else:
+        model = _without_weights(Path(source))
+    found = discover(model)
+    if as_json:
+        print(json.dumps(_plain(found, model), indent=2))
+    else:
+        _print(found, model)
+    refused = [layer for layer in found.layers if layer.refused]
+    if refused:
+        raise UnsupportedModelError(
+            f"{len(refused)} of {len(found.layers)} layers cannot be taken: {refused[0].refused}"
+        )
+
+
+def _without_weights(path: Path) -> Any:
+    """Build a model from its config on the meta device: structure without memory."""
+    if not path.exists():
+        raise ConfigError(
+            f"{str(path)!r} does not exist; give a local folder with a config.json, that file, or `reference`."
+        )
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot read a model configuration from {str(path)!r}: {error}") from error
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    auto: Any = AutoModelForCausalLM if causal else AutoModel
+    with torch.device("meta"):
+        return auto.from_config(config).eval()
+
+
+def _rule(layer: FoundLayer) -> str:
+    rule = layer.info.rule
+    words = [rule.score.replace("_", " ")]
+    if rule.renormalise:
+        words.append("renormalised")
+    if rule.scale != 1.0:
+        words.append(f"x {rule.scale:g}")
+    return ", ".join(words) if rule.repick else "unknown: keep or lose only"
+
+
+def _plain(found: Discovery, model: Any) -> dict[str, Any]:
+    return {
+        "model": type(model).__name__,
+        "adapter": found.adapter.name,
+        "experts": found.experts,
+        "layers": [
+            {**asdict(layer.info), "notes": list(layer.notes), "refused": layer.refused} for layer in found.layers
+        ],
+    }
+
+
+def _print(found: Discovery, model: Any) -> None:
+    console = Console()
+    count = len(found.layers)
+    console.print(
+        f"{type(model).__name__}: {count} MoE layers, taken by the {found.adapter.name} adapter", highlight=False
+    )
+    console.print(f"experts run by: {found.experts}", highlight=False)
+    table = Table("layer")
+    table.add_column("router", overflow="fold")  # whole: these names are keys for `layers`
+    for column in ("E", "k", "MB per expert"):
+        table.add_column(column, justify="right")
+    table.add_column("weight rule")
+    table.add_column("notes")
+    for layer in found.layers:
+        info = layer.info
+        notes = f"REFUSED: {layer.refused}" if layer.refused else "; ".join(layer.notes)
+        size = f"{info.expert_bytes / 1e6:.2f}"
+        table.add_row(str(info.index), info.name, str(info.num_experts), str(info.top_k), size, _rule(layer), notes)
+    console.print(table)

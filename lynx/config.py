@@ -1,0 +1,173 @@
+"""Configuration: one schema for Python, YAML or JSON files and the ``LYNX_CONFIG`` environment variable."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from lynx.errors import ConfigError, did_you_mean
+from lynx.plugins import registry
+from lynx.strategy import BaseStrategy
+from lynx.validation import Options
+
+
+def make_strategy(spec: Any, /, **options: Any) -> BaseStrategy:
+    """Build a strategy from a name with options, a mapping with ``name``, or an instance.
+
+    Raises:
+        ConfigError: The name is unknown, an option is unknown or out of range, or options came with an instance.
+    """
+    if isinstance(spec, BaseStrategy):
+        if options:
+            raise ConfigError(f"options {sorted(options)} were given with a finished strategy; pass them to its class.")
+        return spec
+    if isinstance(spec, str):
+        if spec.endswith((".yaml", ".yml", ".json")):
+            raise ConfigError(f"{spec!r} names a file, not a strategy; read it with lynx.load_config({spec!r}).")
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"a strategy is a name, a mapping with `name`, or an instance; got {type(spec).__name__}.")
+    if "name" not in spec:
+        raise ConfigError(f"a strategy mapping needs `name`; got the keys {sorted(map(str, spec))}.")
+    return registry().strategy(str(spec["name"])).build({**spec, **options})
+
+
+AnyStrategy = Annotated[SerializeAsAny[BaseStrategy], BeforeValidator(make_strategy)]
+"""Field type for a nested strategy: takes whatever :func:`make_strategy` takes."""
+
+
+class LayerFilter(Options):
+    """Which MoE layers to attach to, by their index among the model's MoE layers or by module path."""
+
+    include: tuple[int | str, ...] = ()
+    exclude: tuple[int | str, ...] = ()
+
+    @classmethod
+    def described(cls) -> str:
+        """Return what error messages call this section."""
+        return "`layers`"
+
+    @model_validator(mode="after")
+    def _says_something(self) -> LayerFilter:
+        if not self.include and not self.exclude:
+            raise ValueError("`layers` needs `include` or `exclude`; to take every layer, say `layers: all`")
+        return self
+
+
+def _layers(value: Any) -> Any:
+    if value != "all" and not isinstance(value, (Mapping, LayerFilter)):
+        raise ConfigError("`layers` is `all`, or a mapping with lists under `include` or `exclude`.")
+    return value
+
+
+class Config(Options):
+    """Everything that can be configured about an attached model.
+
+    Attributes:
+        strategy: The selection strategy. A bare one acts on decode rows only.
+        min_tokens: A batch of fewer OPEN rows is left exact.
+        max_decode_q: Longest step on a filled cache that counts as decode, in tokens per sequence.
+        layers: ``all``, or include / exclude lists.
+        experts: Which implementation runs the experts: the ``model``'s own, ``lynx``'s, or ``auto`` to choose.
+    """
+
+    strategy: AnyStrategy
+    min_tokens: int = Field(2, ge=1)
+    max_decode_q: int = Field(1, ge=1)
+    layers: Annotated[Literal["all"] | LayerFilter, BeforeValidator(_layers)] = "all"
+    experts: Literal["auto", "model", "lynx"] = "auto"
+
+    @classmethod
+    def described(cls) -> str:
+        """Return what error messages call the whole."""
+        return "the configuration"
+
+    def dump(self) -> dict[str, Any]:
+        """Return plain data that :func:`load_config` turns back into an equal config."""
+        return self.model_dump(mode="json")
+
+    def save(self, path: str | Path) -> None:
+        """Write the config as YAML, or as JSON if the file is called ``*.json``."""
+        path = Path(path)
+        data = self.dump()
+        text = json.dumps(data, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
+    """Read a config from a YAML or JSON file, or from a mapping.
+
+    Args:
+        source: A path, a mapping with the same keys as the file, or a finished config.
+
+    Raises:
+        ConfigError: The file cannot be read, is not YAML or JSON, or says something unknown.
+    """
+    if isinstance(source, Config):
+        return source
+    if isinstance(source, Mapping):
+        return Config.build(source)
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}") from error
+    try:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise ConfigError(f"{str(path)!r} is not valid {kind}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{str(path)!r} must hold a mapping with the key `strategy`; it holds {type(data).__name__}.")
+    try:
+        return Config.build(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error.__cause__
+
+
+def resolve_config(spec: Any, options: dict[str, Any]) -> Config:
+    """Work out the config of an ``attach`` call: argument over file over ``LYNX_CONFIG``.
+
+    Args:
+        spec: A strategy in any form, a :class:`Config`, or None for the file that ``LYNX_CONFIG`` names.
+        options: Keyword arguments; keys of :class:`Config` go there, all others to the strategy.
+    """
+    settings = {key: options[key] for key in Config.model_fields if key in options and key != "strategy"}
+    rest = {key: value for key, value in options.items() if key not in settings}
+    if spec is None:
+        path = os.environ.get("LYNX_CONFIG")
+        if not path:
+            raise ConfigError("no strategy was given and LYNX_CONFIG is not set; name a strategy or a configuration.")
+        spec = load_config(path)
+    if isinstance(spec, Mapping) and "strategy" in spec:
+        spec = load_config(spec)
+    if isinstance(spec, Config):
+        if rest:
+            raise ConfigError(
+                f"unknown arguments {sorted(rest)}: with a configuration only its own keys may be overridden."
+            )
+        return Config.build({**{key: getattr(spec, key) for key in Config.model_fields}, **settings})
+    _check_options(spec, rest)
+    return Config.build({"strategy": make_strategy(spec, **rest), **settings})
+
+
+def _check_options(spec: Any, options: dict[str, Any]) -> None:
+    """Raise where a keyword of ``attach`` is neither the strategy's nor the configuration's own."""
+    name = spec.get("name") if isinstance(spec, Mapping) else spec
+    if not options or not isinstance(name, str):
+        return
+    strategy = registry().strategy(name)
+    own = [key for key in strategy.model_fields if key != "name"]
+    general = [key for key in Config.model_fields if key != "strategy"]
+    for key in options:
+        if key not in own:
+            raise ConfigError(
+                f"no option {key!r}.{did_you_mean(key, [*own, *general])} Options of {strategy.described()}: "
+                f"{', '.join(own)}; for every strategy: {', '.join(general)}."
+            )

@@ -1,0 +1,130 @@
+"""Keep rules: the declarative rung of the ladder, which one fused kernel can execute for every strategy.
+
+A rule says which experts stay active. Rules by rank, ratio and mass say what each token wants of its own top-k, and
+sharing takes the union over tokens; the demand rule ranks experts for the batch as a whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lynx.routing import Routing
+
+Utility = Literal["own-mass", "normalised-own-mass", "count"]
+
+
+@dataclass(frozen=True, slots=True)
+class ByRank:
+    """A token wants its own best ``top`` experts."""
+
+    top: int
+    share: bool = True
+
+    def keep(self, routing: Routing) -> Tensor:
+        """Return ``(E,)`` bool, or ``(T, E)`` without sharing."""
+        return _share(routing, routing.slot_rank < self.top, self.share)
+
+
+@dataclass(frozen=True, slots=True)
+class ByRatio:
+    """A token wants the own experts whose weight is at least ``ratio`` times its best own weight."""
+
+    ratio: float
+    share: bool = True
+
+    def keep(self, routing: Routing) -> Tensor:
+        """Return ``(E,)`` bool, or ``(T, E)`` without sharing."""
+        mass = routing.slot_mass
+        return _share(routing, mass >= self.ratio * mass.amax(-1, keepdim=True), self.share)
+
+
+@dataclass(frozen=True, slots=True)
+class ByMass:
+    """A token wants its best own experts until their cumulative own mass reaches ``mass`` (top-p over its own k)."""
+
+    mass: float
+    share: bool = True
+
+    def keep(self, routing: Routing) -> Tensor:
+        """Return ``(E,)`` bool, or ``(T, E)`` without sharing."""
+        if self.mass >= 1.0:  # rounding may bring the sum of the better slots to 1 before the last one
+            return _share(routing, torch.ones_like(routing.routed), self.share)
+        better = routing.slot_better
+        before = torch.where(better, routing.slot_mass.unsqueeze(-2), 0.0).sum(-1)
+        return _share(routing, before < self.mass, self.share)
+
+
+@dataclass(frozen=True, slots=True)
+class ByDemand:
+    """The experts that the batch wants most.
+
+    Candidates are the experts wanted by OPEN rows that no EXACT row has woken already: those cost nothing and count
+    towards nothing. Protected experts come first, then demand, then the lowest id.
+
+    Attributes:
+        budget: How many candidates to keep; None keeps all but ``drop``.
+        drop: How many of the least-wanted candidates to leave out, where ``budget`` is None.
+        utility: What a token's wish is worth, see :meth:`lynx.Routing.demand`.
+        protect: Each token's best ``protect`` experts come before any demand.
+    """
+
+    budget: int | None = None
+    drop: int = 0
+    utility: Utility = "normalised-own-mass"
+    protect: int = 1
+
+    def keep(self, routing: Routing) -> Tensor:
+        """Return ``(E,)`` bool."""
+        return most_wanted(routing, routing.demand(self.utility), self.budget, self.drop, self.protect)
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    """The union of several rules."""
+
+    rules: tuple[KeepRule, ...]
+
+    def keep(self, routing: Routing) -> Tensor:
+        """Return ``(E,)`` bool, or ``(T, E)`` if one of the rules does not share."""
+        kept = [rule.keep(routing) for rule in self.rules]
+        wide = max(mask.ndim for mask in kept)
+        masks = [mask.unsqueeze(-2) if mask.ndim < wide else mask for mask in kept]
+        union = masks[0]
+        for mask in masks[1:]:
+            union = union | mask
+        return union
+
+
+KeepRule = ByRank | ByRatio | ByMass | ByDemand | AnyOf
+
+
+def most_wanted(routing: Routing, score: Tensor, budget: int | None = None, drop: int = 0, protect: int = 1) -> Tensor:
+    """Keep the candidates with the highest ``score``, protected ones first, ties by lowest id.
+
+    Args:
+        routing: The batch.
+        score: ``(E,)`` float, non-negative.
+        budget: How many candidates to keep; None keeps all but ``drop``.
+        drop: How many of the lowest to leave out, where ``budget`` is None.
+        protect: Each token's best ``protect`` experts are ranked before all others.
+
+    Returns:
+        ``(E,)`` bool.
+    """
+    candidate = routing.wanted & ~routing.woken
+    key = score.masked_fill(routing.protected(protect).any(-2), torch.inf).masked_fill(~candidate, -1.0)
+    order = torch.sort(key, dim=-1, descending=True, stable=True).indices
+    places = torch.arange(routing.num_experts, device=key.device).expand_as(order)
+    place = torch.empty_like(order).scatter(-1, order, places)
+    limit: int | Tensor = candidate.sum(-1, keepdim=True) - drop if budget is None else budget
+    return candidate & (place < limit)
+
+
+def _share(routing: Routing, wanted: Tensor, share: bool) -> Tensor:
+    """Turn ``(T, k)`` wishes of OPEN rows into ``(E,)`` (union over tokens) or ``(T, E)``."""
+    wishes = routing.spread(wanted & routing.open_rows.unsqueeze(-1))
+    return wishes.any(-2) if share else wishes

@@ -1,0 +1,5 @@
+"""The reference model: a small trained MoE that ships with the package, so that everything can be tried offline."""
+
+from lynx.reference_model.model import CodePrompt, Problem, ReferenceModel, load_reference_model
+
+__all__ = ["CodePrompt", "Problem", "ReferenceModel", "load_reference_model"]

@@ -1,0 +1,146 @@
+"""Re-routing: every token gets its best experts among those that stay active.
+
+This is where the core's guarantees are made, whatever a strategy returned. The functions are plain tensor code of
+static shape: no host synchronisation, nothing that a CUDA graph or ``torch.compile`` could not own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lynx.routing import Role, Routing, WeightRule
+from lynx.strategy import Keep
+
+
+@dataclass(frozen=True, slots=True)
+class Rerouted:
+    """A batch's routing after selection.
+
+    Attributes:
+        ids: ``(T, k)``, dtype of the host's ids. Empty slots repeat the row's best kept expert.
+        weights: ``(T, k)``, dtype of the host's weights. Empty slots have weight 0.
+        lost: ``(T, k)`` bool: own slots left out, re-picked or not.
+        lost_ids: ``(T, k)``: the expert of every lost slot, 0 where nothing was lost.
+        lost_weights: ``(T, k)``: its original weight, 0 where nothing was lost.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    lost: Tensor
+    lost_ids: Tensor
+    lost_weights: Tensor
+
+
+def reroute(routing: Routing, keep: Keep) -> Rerouted:
+    """Move OPEN tokens off experts that are not kept.
+
+    A row that loses nothing gets its original ids and weights back, bit for bit; so do EXACT and PADDING rows.
+
+    Args:
+        routing: The model's own decision.
+        keep: What stays active. Experts woken by EXACT rows are added here.
+
+    Returns:
+        New ids and weights, and what each token lost.
+    """
+    ids = routing.slot_ids
+    allowed = keep.active | routing.woken.unsqueeze(-2)
+    allowed = allowed.expand(routing.choice.shape)
+    open_slots = routing.open_rows.unsqueeze(-1) & routing.routed
+    lost = open_slots & ~allowed.gather(-1, ids)
+    fresh, filled = _candidates(routing, allowed, lost, keep.refill)
+
+    rank = routing.slot_rank
+    # A row that would be left without any expert keeps its own best one.
+    stranded = (lost | ~routing.routed).all(-1, keepdim=True) & ~filled.any(-1, keepdim=True)
+    lost = lost & ~(stranded & (rank == 0))
+    filled = filled & lost
+
+    kept_rank = rank.masked_fill(lost | ~routing.routed, routing.num_experts)
+    best_kept = ids.gather(-1, kept_rank.argmin(-1, keepdim=True))
+    kept_any = (kept_rank < routing.num_experts).any(-1, keepdim=True)
+    # fresh candidates are in order of choice, so the first lost slot holds the best of them
+    best = torch.where(kept_any, best_kept, fresh.gather(-1, lost.int().argmax(-1, keepdim=True)))
+
+    new_ids = torch.where(lost, torch.where(filled, fresh, best), routing.ids.long())
+    new_weights = _combine_weights(routing, new_ids, lost, filled)
+
+    sound = torch.isfinite(new_weights).all(-1, keepdim=True)
+    lost = lost & sound
+    changed = lost.any(-1, keepdim=True)
+    return Rerouted(
+        ids=torch.where(changed, new_ids.to(routing.ids.dtype), routing.ids),
+        weights=torch.where(changed, new_weights.to(routing.weights.dtype), routing.weights),
+        lost=lost,
+        lost_ids=routing.ids.masked_fill(~lost, 0),
+        lost_weights=routing.weights.masked_fill(~lost, 0.0),
+    )
+
+
+def unsound_rows(routing: Routing) -> Tensor:
+    """``(T,)`` bool: rows whose scores are NaN or +inf, or whose weights are not finite."""
+    scores = (routing.choice < torch.inf).all(-1) & (routing.logits < torch.inf).all(-1)
+    return ~(scores & torch.isfinite(routing.weights).all(-1))
+
+
+def leave_exact(routing: Routing, rows: Tensor) -> Tensor:
+    """Return ``role`` with the OPEN rows among ``rows`` ``(T,)`` turned EXACT."""
+    exact = torch.full_like(routing.role, int(Role.EXACT))
+    return torch.where(rows & routing.open_rows, exact, routing.role)
+
+
+def _candidates(routing: Routing, allowed: Tensor, lost: Tensor, refill: bool | Tensor) -> tuple[Tensor, Tensor]:
+    """Find each lost slot's replacement.
+
+    Returns:
+        ``(T, k)`` int64 expert ids in order of choice along the lost slots, and ``(T, k)`` bool where one exists.
+    """
+    if not routing.rule.repick or refill is False:
+        return routing.slot_ids, torch.zeros_like(lost)
+    own = routing.spread(torch.ones_like(lost))
+    choice = routing.choice.masked_fill(~allowed | own, -torch.inf)
+    best = torch.sort(choice, dim=-1, descending=True, stable=True)  # stable: ties go to the lowest id
+    nth = (lost.long().cumsum(-1) - 1).clamp_min(0)
+    filled = lost & (best.values.gather(-1, nth) > -torch.inf)
+    if isinstance(refill, Tensor):
+        filled = filled & refill
+    return best.indices.gather(-1, nth), filled
+
+
+def _combine_weights(routing: Routing, new_ids: Tensor, lost: Tensor, filled: Tensor) -> Tensor:
+    """Weigh the chosen experts by the model's own rule; ``(T, k)`` float32, 0 for empty slots."""
+    rule = routing.rule
+    chosen = routing.routed & (~lost | filled)
+    own = routing.weights.float()
+    renormalise = rule.renormalise or rule.score == "softmax_over_chosen"
+    if not rule.repick:
+        kept = own.masked_fill(~chosen, 0.0)
+        if renormalise:
+            kept = kept / kept.sum(-1, keepdim=True) * rule.scale
+        return torch.where(routing.routed, kept, own)
+    gather_ids = new_ids.masked_fill(~routing.routed, 0)
+    log_scores = _log_scores(rule, routing.logits).gather(-1, gather_ids)
+    if renormalise:
+        # A softmax over log scores is the renormalised score; dividing probabilities would underflow for a token
+        # that is far from every kept expert.
+        log_scores = log_scores.masked_fill(~chosen, -torch.inf)
+        weights = torch.softmax(log_scores, dim=-1) * rule.scale
+    else:
+        weights = torch.where(lost, log_scores.exp() * rule.scale, own)
+    return torch.where(chosen, weights, torch.where(routing.routed, 0.0, own))
+
+
+def _log_scores(rule: WeightRule, logits: Tensor) -> Tensor:
+    """Logarithm of the router's scores ``(T, E)``, up to a constant per token where that cancels."""
+    if rule.score == "softmax_over_chosen" or (rule.score == "softmax" and rule.renormalise):
+        return logits
+    if rule.score == "softmax":
+        return F.log_softmax(logits, dim=-1)
+    if rule.score == "sigmoid":
+        return F.logsigmoid(logits)
+    # softplus(x) is exp(x) to float32 precision below -20, and its logarithm x
+    return 0.5 * torch.where(logits < -20.0, logits, F.softplus(logits).log())

@@ -1,0 +1,179 @@
+"""The command line, as a user's shell sees it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, MixtralConfig
+
+import lynx
+from lynx.cli import main
+
+
+@dataclass
+class Finished:
+    """What a command left behind."""
+
+    stdout: str
+    stderr: str
+
+
+Runs = Callable[..., Finished]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runs:
+    """Run ``lynx`` in this process, in a folder of its own, and expect an exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments: str, code: int = 0) -> Finished:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        finished = Finished(*capsys.readouterr())
+        assert (ended.value.code or 0) == code, finished
+        return finished
+
+    return run
+
+
+def save(config, folder: Path) -> str:
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def small_mixtral() -> MixtralConfig:
+    return MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+    )
+
+
+def test_help_loads_no_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom lynx.cli import main\ntry:\n    main(['--help'])\nfinally:\n    print('torch' in sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0
+    assert process.stdout.strip().endswith("False")
+    for command in ("demo", "strategies", "inspect", "doctor"):
+        assert command in process.stdout
+
+
+def test_strategies_lists_all(run: Runs) -> None:
+    rows = json.loads(run("strategies", "--json").stdout)
+    names = {row["name"] for row in rows}
+    assert {
+        "batch-union",
+        "importance-threshold",
+        "top-budget",
+        "phase-aware",
+        "popularity",
+        "affinity-binning",
+    } <= names
+    table = run("strategies").stdout
+    assert all(name in table for name in names)
+
+
+def test_one_strategy_with_its_options(run: Runs) -> None:
+    one = json.loads(run("strategies", "top-budget", "--json").stdout)
+    options = {option["name"]: option["default"] for option in one["options"]}
+    assert options == {"protect": "1", "refill": '"re-pick"', "budget": "required", "utility": '"normalised-own-mass"'}
+    assert "arXiv" in run("strategies", "top-budget").stdout
+
+
+def test_unknown_strategy_is_misuse(run: Runs) -> None:
+    process = run("strategies", "top-bugdet", code=2)
+    assert "Did you mean 'top-budget'?" in process.stderr
+    assert process.stdout == ""
+
+
+def test_unknown_command_is_misuse(run: Runs) -> None:
+    run("prune-everything", code=2)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lynx", "--debug", "strategies", "nope"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode != 0
+    assert "ConfigError" in process.stderr
+    assert "Traceback" in process.stderr
+
+
+def test_inspect_reference_model(run: Runs) -> None:
+    found = json.loads(run("inspect", "reference", "--json").stdout)
+    assert found["adapter"] == "transformers"
+    assert len(found["layers"]) >= 4
+    first = found["layers"][0]
+    assert first["num_experts"] >= 32
+    assert first["top_k"] >= 4
+    assert first["rule"] == {"score": "softmax", "renormalise": True, "scale": 1.0, "repick": True}
+    assert first["refused"] == ""
+
+
+def test_inspect_a_config_without_weights(run: Runs, tmp_path: Path) -> None:
+    folder = save(small_mixtral(), tmp_path / "mixtral")
+    found = json.loads(run("inspect", folder, "--json").stdout)
+    assert found["model"] == "MixtralForCausalLM"
+    assert [layer["num_experts"] for layer in found["layers"]] == [6, 6, 6]
+    assert found["layers"][0]["expert_bytes"] == 3 * 32 * 48 * 4
+    assert "model.layers.2.mlp.gate" in run("inspect", folder).stdout
+
+
+def test_inspect_says_why_not(run: Runs, tmp_path: Path) -> None:
+    folder = save(
+        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1), tmp_path / "llama"
+    )
+    process = run("inspect", folder, code=1)
+    assert "no MoE layer" in process.stderr
+    assert "Looked for" in process.stderr
+    assert "LlamaMLP" in process.stderr
+
+
+def test_inspect_missing_folder_is_misuse(run: Runs) -> None:
+    assert "does not exist" in run("inspect", "nowhere", code=2).stderr
+
+
+def test_doctor(run: Runs) -> None:
+    facts = json.loads(run("doctor", "--json").stdout)
+    assert facts["versions"]["lynx-moe"] == lynx.__version__
+    assert facts["strategies"]["batch-union"] == "lynx-moe"
+    assert facts["adapters"] == {"transformers": "lynx-moe"}
+    assert any(name.startswith("experts on cpu") for name in facts["execution paths"])
+    markdown = run("doctor", "--markdown").stdout
+    assert markdown.startswith("### versions")
+    assert f"| lynx-moe | {lynx.__version__} |" in markdown
+    assert "execution paths" in run("doctor").stdout
+
+
+def test_doctor_names_a_broken_plugin(tmp_path: Path) -> None:
+    info = tmp_path / "site" / "broken_lynx_plugin-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-lynx-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lynx]\nbroken = no_such_module_at_all\n")
+    paths = [str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "lynx", "doctor", "--json"]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    plugins = json.loads(process.stdout)["plugins"]
+    assert plugins["broken (broken-lynx-plugin)"].startswith("BROKEN: ModuleNotFoundError")
+    assert plugins["lynx.strategies"] == "lynx-moe"
+
+
+@pytest.mark.parametrize("flag", ["--quik", "--plott"])
+def test_demo_refuses_unknown_flags(flag: str, run: Runs) -> None:
+    run("demo", flag, code=2)
