@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lynx.strategy import LayerInfo
@@ -46,7 +46,6 @@ class Discovery:
     layers: tuple[FoundLayer, ...]
     looked_for: str
     experts: str = ""
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 class Installation(Protocol):

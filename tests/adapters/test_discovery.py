@@ -98,6 +98,16 @@ def test_odd_contracts():
     assert (found.num_experts, found.top_k) == (6, 2)
 
 
+def test_hooks_inside_a_router_are_not_called():
+    router, calls = OddRouter(), []
+    router.inner.register_forward_pre_hook(lambda *_: calls.append("before"))
+    router.inner.register_forward_hook(lambda *_: calls.append("after"))
+    fingerprint(router)
+    assert calls == []
+    router(torch.zeros(1, 2, 16), torch.zeros(6))
+    assert calls == ["before", "after"]
+
+
 class ScaledRouter(nn.Module):
     """Multiplies its weights by a factor that it has learned, or by one that is written down."""
 
