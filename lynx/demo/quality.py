@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lynx.attachment import attach
 from lynx.demo.batches import ForcedBatch, PromptBatch
+from lynx.demo.cache import as_argument
 from lynx.demo.settings import Setting
 from lynx.reference_model import ReferenceModel
 from lynx.report import PhaseReport
@@ -94,12 +95,22 @@ class Prefilled:
 @torch.inference_mode()
 def prefill(model: Any, batches: Sequence[ForcedBatch]) -> list[Prefilled]:
     """Read the prompts once for all settings, and the continuations with exact routing."""
+    # imported here: transformers is loaded where there is a model of it, and only there
+    from transformers import DynamicCache
+
     prefilled = []
     for batch in batches:
         prompt = slice(batch.prompt_columns)
         ids, mask, positions = batch.ids[:, prompt], batch.mask[:, prompt], batch.positions[:, prompt]
-        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        cache = DynamicCache(config=model.config)
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            **as_argument(cache, model),
+            use_cache=True,
+            logits_to_keep=1,
+        )
         prefilled.append(Prefilled(batch, cache, _log_probs(model, batch, cache)))
     return prefilled
 
@@ -157,7 +168,7 @@ def _log_probs(model: Any, batch: ForcedBatch, cache: Any) -> Tensor:
         input_ids=batch.ids[:, rest],
         attention_mask=batch.mask,
         position_ids=batch.positions[:, rest],
-        past_key_values=copy.deepcopy(cache),  # the next setting starts from the same prompt
+        **as_argument(copy.deepcopy(cache), model),  # the next setting starts from the same prompt
         use_cache=True,
     ).logits
     return torch.log_softmax(logits[:, :-1][batch.scored[:, rest]].float(), dim=-1)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lynx.attachment import attach
+from lynx.demo.cache import as_argument
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 1024, 64, 8
 LAYER_BYTES = EXPERTS * 3 * HIDDEN * INTERMEDIATE * 4
@@ -118,9 +119,13 @@ def decode_times(
         rounds: Times each is measured.
         advance: Called after each round, for a progress bar.
     """
+    # imported here: transformers is loaded where there is a model of it, and only there
+    from transformers import DynamicCache
+
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(2, 512, (batch, 16), generator=generator)
-    cache = model(input_ids=prompt, use_cache=True).past_key_values
+    cached = as_argument(DynamicCache(config=model.config), model)
+    model(input_ids=prompt, **cached, use_cache=True)
     tokens = torch.randint(2, 512, (rounds + 1, batch, 1), generator=generator)
     names: list[int | str | None] = ["alone", None, *budgets]
     times: dict[int | str | None, list[float]] = {name: [] for name in names}
@@ -129,7 +134,7 @@ def decode_times(
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             with _attached(model, name) as handle:
                 start = time.perf_counter()
-                model(input_ids=tokens[turn], past_key_values=cache, use_cache=True)
+                model(input_ids=tokens[turn], **cached, use_cache=True)
                 elapsed = time.perf_counter() - start
                 if handle is not None:
                     active[name] = handle.report().total["decode"].active_after

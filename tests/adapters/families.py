@@ -38,6 +38,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from lynx.demo.cache import as_argument
+
 PAD, EOS, VOCABULARY = 0, 1, 96
 _LEFT_BY_GENERATE = {"_cache", "_compiled_call", "_previous_max_cache_length"}
 
@@ -286,14 +288,15 @@ def stepwise(model: Any, batch: dict[str, Tensor], tokens: Tensor) -> Stepped:
     mask = batch["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     out = model(**batch, position_ids=positions, use_cache=True)
-    prefill, cache, steps = out.logits, out.past_key_values, []
+    (name,) = as_argument(None, model)
+    prefill, cached, steps = out.logits, {name: out[name]}, []
     for column in tokens.unbind(1):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         out = model(
             input_ids=column.unsqueeze(1),
             attention_mask=mask,
             position_ids=mask.sum(-1, keepdim=True) - 1,
-            past_key_values=cache,
+            **cached,
             use_cache=True,
         )
         steps.append(out.logits)

@@ -3,10 +3,11 @@
 import families
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
 import lynx
+from lynx.demo.cache import as_argument
 
 PRUNING = {"name": "batch-union", "top": 1}
 
@@ -152,18 +153,19 @@ class TakesEmbeddings(PreTrainedModel):
         self.text = text
 
     def forward(self, input_ids, past_key_values=None):
-        return self.text(inputs_embeds=self.text.embed_tokens(input_ids), past_key_values=past_key_values)
+        return self.text(inputs_embeds=self.text.embed_tokens(input_ids), **as_argument(past_key_values, self.text))
 
 
 def test_finished_rows_where_the_backbone_sees_embeddings():
     model = TakesEmbeddings(families.build("mixtral").model).eval()
     with lynx.attach(model, "exact") as handle, torch.no_grad():
-        cache = model(torch.full((3, 4), 5)).past_key_values
+        cache = DynamicCache(config=model.text.config)
+        model(torch.full((3, 4), 5), cache)
         model(torch.tensor([[5], [families.EOS], [6]]), cache)
         decode = handle.report().total["decode"]
         assert (decode.open_rows, decode.padding_rows) == (2, 1)
         # called without the outer model, nothing is left over from before
-        model.text(inputs_embeds=torch.ones(3, 1, 32), past_key_values=cache)
+        model.text(inputs_embeds=torch.ones(3, 1, 32), **as_argument(cache, model.text))
     assert handle.report().total["decode"].padding_rows == 1
 
 
@@ -198,9 +200,10 @@ def test_few_rows_and_long_steps_stay_exact(model):
         """Feed three tokens at once on a filled cache, as speculative decoding does."""
         batch = families.prompts()
         with lynx.attach(model, PRUNING, **options) as handle, torch.no_grad():
-            cache = model(**batch).past_key_values
+            cached = as_argument(DynamicCache(config=model.config), model)
+            model(**batch, **cached)
             mask = torch.cat([batch["attention_mask"], torch.ones(4, 3, dtype=torch.long)], dim=1)
-            model(input_ids=tokens, attention_mask=mask, past_key_values=cache)
+            model(input_ids=tokens, attention_mask=mask, **cached)
         return handle.report().total["decode"]
 
     assert verify().steps == 0

@@ -9,6 +9,7 @@ from transformers import StaticCache
 
 import lynx
 from lynx.adapters.transformers.step import read_step
+from lynx.demo.cache import as_argument
 from lynx.routing import Phase, Role
 
 P, E, O = int(Role.PADDING), int(Role.EXACT), int(Role.OPEN)  # noqa: E741
@@ -43,6 +44,13 @@ def test_decode_takes_the_end_of_the_mask():
     step = read_step({"input_ids": ids([5], [6]), "attention_mask": mask, "past_key_values": cache(3)})
     assert read(step) == ([O, P], [DECODE] * 2)
     assert not step.all_prefill
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_any_name_of_the_cache(name):
+    """It was renamed in transformers 5.24; a caller may use the old name there, and a wrapper may pass None beside."""
+    step = read_step({"input_ids": ids([5], [6]), "cache": None, "past_key_values": None} | {name: cache(3)})
+    assert read(step) == ([O, O], [DECODE] * 2)
 
 
 def test_no_mask_and_a_mask_that_cannot_be_read():
@@ -183,7 +191,7 @@ def test_compiled_with_a_static_cache(model):
     def run(step):
         mask = batch["attention_mask"]
         kept = StaticCache(config=model.config, max_cache_len=16)
-        model(**batch, past_key_values=kept)
+        model(**batch, **as_argument(kept, model))
         logits = []
         for column in tokens.unbind(1):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -192,8 +200,10 @@ def test_compiled_with_a_static_cache(model):
             logits.append(step(column.unsqueeze(1), kept, mask.sum(-1, keepdim=True) - 1, wide))
         return torch.cat(logits, dim=1)
 
+    (name,) = as_argument(None, model)
+
     def step(ids, kept, positions, mask):
-        return model(input_ids=ids, past_key_values=kept, position_ids=positions, attention_mask=mask).logits
+        return model(input_ids=ids, **{name: kept}, position_ids=positions, attention_mask=mask).logits
 
     graphs = []
 
