@@ -2,19 +2,43 @@
 #
 # TORCH is the torch requirement. It is installed first, so that a build for your hardware is taken and kept:
 #   make test TORCH="torch==2.13.0"
+# TRITON is taken for tests where torch brings no triton of its own: a CPU build brings none.
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs install clean
+.PHONY: demo test kernels mutants gpu sanitize lint docs install clean
 
 demo: install
 	$(BIN)/lynx demo --plot
 
 # pytest is called by its script, not with `python -m`: the tests must find the installed wheel, not the checkout.
-test: install
+test: $(VENV)/.triton install
 	$(BIN)/pytest
+
+# All shipped kernels, compiled for GPUs that need not be there; ARGS=--update makes what was measured the budget.
+kernels: $(VENV)/.triton install
+	$(BIN)/python tests/kernels/compile_kernels.py $(ARGS)
+
+# Faults put into the kernels one by one, each of which the tests must notice.
+mutants: $(VENV)/.triton install
+	$(BIN)/python tests/kernels/mutants.py $(ARGS)
+
+# On a machine with a GPU: the kernels' tests on the card. They fail without one, and where one is skipped.
+# ARGS takes a part: make gpu ARGS=tests/kernels/test_fused_route.py
+gpu: install
+	$(BIN)/pytest --need-gpu -m kernel $(ARGS)
+
+# There too: the tests that launch every kernel, under the checkers of the CUDA toolkit. Without torch's cache of memory,
+# as an access past a buffer would end up in another one unseen.
+TOOLS ?= memcheck racecheck
+sanitize: install
+	for tool in $(TOOLS); do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(BIN)/pytest --need-gpu -m sanitize $(ARGS) || exit 1; \
+	done
 
 lint: install
 	$(BIN)/pip install --quiet --group lint
@@ -38,6 +62,10 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet ".[plot,testing]" --group test
+	touch $@
+
+$(VENV)/.triton: $(VENV)/.ready
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet "$(TRITON)"
 	touch $@
 
 clean:

@@ -84,11 +84,7 @@ class Counters:
             failed: Whether the strategy raised.
         """
         self.failures += failed
-        if self._counts is None or self._counts.device != routing.ids.device:
-            self._allocate(routing.ids.device)
-        assert self._counts is not None
-        assert self._mass is not None
-        assert self._worst is not None
+        counts, masses, worsts = self.on(routing.ids.device)
 
         # Masks over rows have the phase before the row, (..., 2, T), and all sums are taken together: on a CPU and on
         # an eager GPU the price of counting is the number of operations, not their size.
@@ -104,15 +100,15 @@ class Counters:
         step_counts = torch.stack([live_steps, live_steps & ~open_steps], dim=-1)
         distinct = _active(routing, result, live_or_open)
         columns = [step_counts, row_counts[..., :3], distinct.flatten(-2), row_counts[..., 3:]]
-        self._counts += torch.cat(columns, dim=-1).reshape(-1, len(Phase), len(_FIELDS)).sum(0)
+        counts += torch.cat(columns, dim=-1).reshape(-1, len(Phase), len(_FIELDS)).sum(0)
 
         share = 1.0 - routing.slot_mass.masked_fill(~lost, 0.0).sum(-1)
         share = share.clamp(0.0, 1.0).nan_to_num(1.0).unsqueeze(-2)
         counted = in_phase & is_open.unsqueeze(-2)
-        self._mass += share.masked_fill(~counted, 0.0).double().sum(-1).reshape(-1, len(Phase)).sum(0)
+        masses += share.masked_fill(~counted, 0.0).double().sum(-1).reshape(-1, len(Phase)).sum(0)
         if share.numel():
             worst = share.masked_fill(~counted, 1.0).amin(-1).reshape(-1, len(Phase)).amin(0)
-            self._worst.copy_(torch.minimum(self._worst, worst))
+            worsts.copy_(torch.minimum(worsts, worst))
 
     def read(self) -> dict[Phase, PhaseCounts]:
         """Copy the counters to the host; the only place that waits for the device."""
@@ -129,12 +125,33 @@ class Counters:
             self._mass.zero_()
             self._worst.fill_(1.0)
 
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums to add to on a device.
+
+        Returns:
+            int64 ``(2, 11)`` counts by phase, float64 ``(2,)`` kept mass, float32 ``(2,)`` its worst.
+        """
+        device = as_tensors_name(device)
+        if self._counts is None or self._counts.device != device:
+            self._allocate(device)
+        assert self._counts is not None
+        assert self._mass is not None
+        assert self._worst is not None
+        return self._counts, self._mass, self._worst
+
     def _allocate(self, device: torch.device) -> None:
         # An inference tensor could not be changed in place outside of inference mode.
         with torch.inference_mode(False):
             self._counts = torch.zeros(len(Phase), len(_FIELDS), dtype=torch.int64, device=device)
             self._mass = torch.zeros(len(Phase), dtype=torch.float64, device=device)
             self._worst = torch.ones(len(Phase), dtype=torch.float32, device=device)
+
+
+def as_tensors_name(device: torch.device) -> torch.device:
+    """Return the device with its index, which a tensor's device has and ``torch.device("cuda")`` lacks."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _counts(columns: list[int], mass: float, worst: float) -> PhaseCounts:

@@ -32,6 +32,7 @@ class Handle:
         self._selections = selections
         self._installation: Installation | None = installation
         self._experts = installation.experts
+        self._experts_backend: str = getattr(installation, "experts_backend", "")  # for adapters that run Lynx's
         self._warned = False
 
     @property
@@ -53,6 +54,22 @@ class Handle:
     def experts(self) -> str:
         """Which implementation runs the experts: ``model`` or ``lynx``."""
         return self._experts
+
+    @property
+    def experts_backend(self) -> str:
+        """What Lynx's implementation runs on at decode, as found at attach: ``triton``, ``grouped_mm`` or ``loop``.
+
+        More than one where the model's layers differ. Empty where the model's own implementation runs.
+        """
+        return self._experts_backend
+
+    @property
+    def in_torch(self) -> dict[str, str]:
+        """Layers whose selection runs as plain torch instead of as one fused kernel, each with the reason.
+
+        Empty where the kernel runs everywhere. On a machine without a GPU every layer is in it.
+        """
+        return {each.info.name: each.why_not_fused for each in self._selections if each.why_not_fused}
 
     def report(self) -> Report:
         """Read the counters and say what selection did; waits for the device.

@@ -51,11 +51,12 @@ class ByMass:
 
     def keep(self, routing: Routing) -> Tensor:
         """Return ``(E,)`` bool, or ``(T, E)`` without sharing."""
-        if self.mass >= 1.0:  # rounding may bring the sum of the better slots to 1 before the last one
-            return _share(routing, torch.ones_like(routing.routed), self.share)
-        better = routing.slot_better
-        before = torch.where(better, routing.slot_mass.unsqueeze(-2), 0.0).sum(-1)
-        return _share(routing, before < self.mass, self.share)
+        return _share(routing, routing.slot_before < self.reach * routing.slot_total, self.share)
+
+    @property
+    def reach(self) -> float:
+        """The mass to compare with: beyond all there is where everything is to be kept, slots of weight 0 included."""
+        return 2.0 if self.mass >= 1.0 else self.mass
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def most_wanted(routing: Routing, score: Tensor, budget: int | None = None, drop
         ``(E,)`` bool.
     """
     candidate = routing.wanted & ~routing.woken
-    key = score.masked_fill(routing.protected(protect).any(-2), torch.inf).masked_fill(~candidate, -1.0)
+    key = score.masked_fill(routing.protected(protect).any(-2), torch.inf).masked_fill(~candidate, -torch.inf)
     order = torch.sort(key, dim=-1, descending=True, stable=True).indices
     places = torch.arange(routing.num_experts, device=key.device).expand_as(order)
     place = torch.empty_like(order).scatter(-1, order, places)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lynx.kernels.plan import Plan
 from lynx.routing import Role, Routing, WeightRule
 from lynx.strategy import Keep
 
@@ -24,15 +25,28 @@ class Rerouted:
         ids: ``(T, k)``, dtype of the host's ids. Empty slots repeat the row's best kept expert.
         weights: ``(T, k)``, dtype of the host's weights. Empty slots have weight 0.
         lost: ``(T, k)`` bool: own slots left out, re-picked or not.
-        lost_ids: ``(T, k)``: the expert of every lost slot, 0 where nothing was lost.
-        lost_weights: ``(T, k)``: its original weight, 0 where nothing was lost.
+        own_ids: ``(T, k)``: the router's own ids, as it gave them.
+        own_weights: ``(T, k)``: the router's own weights.
+        plan: The execution plan of the new ids and weights (see :class:`lynx.kernels.Plan`), where the fused kernel
+            made one beside them.
     """
 
     ids: Tensor
     weights: Tensor
     lost: Tensor
-    lost_ids: Tensor
-    lost_weights: Tensor
+    own_ids: Tensor
+    own_weights: Tensor
+    plan: Plan | None = None
+
+    @property
+    def lost_ids(self) -> Tensor:
+        """``(T, k)``: the expert of every lost slot, 0 where nothing was lost."""
+        return self.own_ids.masked_fill(~self.lost, 0)
+
+    @property
+    def lost_weights(self) -> Tensor:
+        """``(T, k)``: the original weight of every lost slot, 0 where nothing was lost."""
+        return self.own_weights.masked_fill(~self.lost, 0.0)
 
 
 def reroute(routing: Routing, keep: Keep) -> Rerouted:
@@ -76,9 +90,27 @@ def reroute(routing: Routing, keep: Keep) -> Rerouted:
         ids=torch.where(changed, new_ids.to(routing.ids.dtype), routing.ids),
         weights=torch.where(changed, new_weights.to(routing.weights.dtype), routing.weights),
         lost=lost,
-        lost_ids=routing.ids.masked_fill(~lost, 0),
-        lost_weights=routing.weights.masked_fill(~lost, 0.0),
+        own_ids=routing.ids,
+        own_weights=routing.weights,
     )
+
+
+def own_top_k(choice: Tensor, logits: Tensor, top_k: int, rule: WeightRule) -> tuple[Tensor, Tensor]:
+    """Decide as a router does: each token's best experts by ``choice``, ties by lowest id.
+
+    Args:
+        choice: ``(T, E)`` float32, ``-inf`` is forbidden.
+        logits: ``(T, E)`` float32.
+        top_k: k.
+        rule: How weights follow from logits.
+
+    Returns:
+        ``(T, k)`` int64 ids, best first, and ``(T, k)`` float32 weights.
+    """
+    ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[..., :top_k]
+    scores = _log_scores(rule, logits).gather(-1, ids)
+    renormalise = rule.renormalise or rule.score == "softmax_over_chosen"
+    return ids, (torch.softmax(scores, dim=-1) if renormalise else scores.exp()) * rule.scale
 
 
 def unsound_rows(routing: Routing) -> Tensor:

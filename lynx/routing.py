@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Demand is summed in integers of 2**-40 of a vote: exact, so the sum does not depend on the order of the
-# tokens, and two ranks that see the same batch always choose the same experts.
-_VOTE_SCALE = 2.0**40
+# What is summed to be compared is summed in integers of 2**-40: exact, so the sum does not depend on the order of its
+# terms. Two ranks that see the same batch choose the same experts, and so do two kernels.
+_UNITS = 2.0**40
 
 
 class Role(IntEnum):
@@ -62,6 +62,8 @@ class Slots:
         routed: ``(T, k)`` bool, see :attr:`Routing.routed`.
         ids: ``(T, k)`` int64, see :attr:`Routing.slot_ids`.
         target: ``(T, k)`` int64 to scatter with: one column more than there are experts takes the host's own ids.
+        parts: ``(T, k)`` int64: combine weights in units of 2**-40 of the row's largest.
+        total: ``(T, 1)`` int64: sum of a row's parts, at least 1.
         mass: ``(T, k)`` float32, see :attr:`Routing.slot_mass`.
         better: ``(T, k, k)`` bool, see :attr:`Routing.slot_better`.
         rank: ``(T, k)`` int64, see :attr:`Routing.slot_rank`.
@@ -70,6 +72,8 @@ class Slots:
     routed: Tensor
     ids: Tensor
     target: Tensor
+    parts: Tensor
+    total: Tensor
     mass: Tensor
     better: Tensor
     rank: Tensor
@@ -82,12 +86,24 @@ class Slots:
         routed = ~foreign
         ids = host_ids.long().masked_fill(foreign, 0)
         weights = host_weights.float().masked_fill(foreign, 0.0).clamp_min(0.0)
-        mass = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        largest = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        parts = (weights / largest * _UNITS).long()
+        total = parts.sum(-1, keepdim=True).clamp_min(1)
+        mass = parts.float() / total.float()
         value = choice.gather(-1, ids)
         mine, other = value.unsqueeze(-1), value.unsqueeze(-2)
         better = (other > mine) | ((other == mine) & (ids.unsqueeze(-2) < ids.unsqueeze(-1)))
         better = (better | foreign.unsqueeze(-1)) & routed.unsqueeze(-2)
-        return cls(routed, ids, ids.masked_fill(foreign, num_experts), mass, better, better.sum(-1))
+        return cls(routed, ids, ids.masked_fill(foreign, num_experts), parts, total, mass, better, better.sum(-1))
+
+
+class _Once:
+    """Holds what follows from the slots once somebody has asked for it; shared by routings of the same decision."""
+
+    __slots__ = ("slots",)
+
+    def __init__(self) -> None:
+        self.slots: Slots | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +134,23 @@ class Routing:
     phase: Tensor
     rule: WeightRule
     priority: Tensor | None = None
-    known: InitVar[Slots | None] = None
-    _slots: Slots = field(init=False, repr=False, compare=False)
+    known: InitVar[_Once | None] = None
+    _once: _Once = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self, known: Slots | None) -> None:
-        slots = known if known is not None else Slots.of(self.choice, self.ids, self.weights)
-        object.__setattr__(self, "_slots", slots)
+    def __post_init__(self, known: _Once | None) -> None:
+        object.__setattr__(self, "_once", known if known is not None else _Once())
+
+    @property
+    def _slots(self) -> Slots:
+        # worked out when asked for: the fused kernel never does
+        if self._once.slots is None:
+            self._once.slots = Slots.of(self.choice, self.ids, self.weights)
+        return self._once.slots
 
     def with_role(self, role: Tensor) -> Routing:
         """Return the same decision with other roles ``(T,)``."""
         return Routing(
-            self.choice, self.logits, self.ids, self.weights, role, self.phase, self.rule, self.priority, self._slots
+            self.choice, self.logits, self.ids, self.weights, role, self.phase, self.rule, self.priority, self._once
         )
 
     def copied(self) -> Routing:
@@ -180,6 +202,16 @@ class Routing:
         return self._slots.mass
 
     @property
+    def slot_before(self) -> Tensor:
+        """``(T, k)`` float32: the mass of a token's better own slots, in units in which the row has `slot_total`."""
+        return torch.where(self.slot_better, self._slots.parts.unsqueeze(-2), 0).sum(-1).float()
+
+    @property
+    def slot_total(self) -> Tensor:
+        """``(T, 1)`` float32: the mass of all of a token's own slots, in the units of `slot_before`."""
+        return self._slots.total.float()
+
+    @property
     def slot_rank(self) -> Tensor:
         """``(T, k)`` int64: rank of each own expert among the token's own by ``choice``, 0 the best, ties by lowest id.
 
@@ -207,7 +239,8 @@ class Routing:
     @property
     def mass(self) -> Tensor:
         """``(T, E)`` float32: an OPEN token's normalised mass over its own experts; 0 elsewhere."""
-        return self._spread_votes(self.slot_mass)
+        counted = self.routed & self.open_rows.unsqueeze(-1)
+        return torch.zeros_like(self.choice).scatter_add(-1, self.slot_ids, self.slot_mass.masked_fill(~counted, 0.0))
 
     @property
     def wanted(self) -> Tensor:
@@ -250,15 +283,13 @@ class Routing:
             votes = self.slot_mass
         if self.priority is not None:
             votes = votes * self.priority.unsqueeze(-1)
-        return sum_votes(self._spread_votes(votes))
-
-    def _spread_votes(self, votes: Tensor) -> Tensor:
-        """Scatter ``(T, k)`` votes to ``(T, E)``; rows that are not OPEN contribute exactly 0, NaN included."""
+        # Rows that are not OPEN contribute exactly 0, NaN included.
         counted = self.routed & self.open_rows.unsqueeze(-1)
-        votes = votes.masked_fill(~counted, 0.0)
-        return torch.zeros_like(self.choice).scatter_add(-1, self.slot_ids, votes)
+        units = (votes * _UNITS).long().masked_fill(~counted, 0)
+        summed = units.new_zeros((*units.shape[:-2], self.num_experts))
+        return summed.scatter_add(-1, self.slot_ids.flatten(-2), units.flatten(-2)).float() / _UNITS
 
 
 def sum_votes(votes: Tensor) -> Tensor:
     """Sum votes ``(T, E)`` over tokens to ``(E,)``, exactly and so independently of token order."""
-    return (votes * _VOTE_SCALE).round().long().sum(-2).float() / _VOTE_SCALE
+    return (votes * _UNITS).long().sum(-2).float() / _UNITS

@@ -7,8 +7,10 @@ import warnings
 
 import torch
 
-from lynx.counters import Counters
-from lynx.errors import LynxWarning
+from lynx.counters import Counters, as_tensors_name
+from lynx.errors import ConfigError, LynxWarning
+from lynx.fusion import FusedRoute, fuse
+from lynx.kernels.backends import requested
 from lynx.log import logger
 from lynx.rerouting import Rerouted, leave_exact, reroute, unsound_rows
 from lynx.routing import Phase, Role, Routing
@@ -31,7 +33,20 @@ class LayerSelection:
         _check_protect(strategy, info)
         self.bound: BoundStrategy = strategy.bind(info)
         self.exact_phases = tuple(phase for phase in Phase if not strategy.acts_on(phase))
+        fused = fuse(strategy.name, self.bound, info, self.exact_phases, min_tokens)
+        self.fused: FusedRoute | None = fused if isinstance(fused, FusedRoute) else None
+        self.why_not_fused = fused if isinstance(fused, str) else "the layer was not placed on a device yet"
         self._warned = False
+
+    def place(self, device: torch.device) -> None:
+        """Put what the hot path needs on the layer's device, so that nothing is made while a graph is captured.
+
+        Raises:
+            ConfigError: ``LYNX_KERNELS`` asks for Triton, which cannot run here.
+        """
+        self._follow(device)
+        if self.fused is not None and self.why_not_fused and requested() == "triton":
+            raise ConfigError(f"LYNX_KERNELS=triton, but {self.why_not_fused}.")
 
     def __call__(self, routing: Routing) -> Rerouted:
         """Select for one batch and re-route its OPEN rows.
@@ -39,6 +54,19 @@ class LayerSelection:
         A strategy that raises leaves the batch as the model routed it; so, row by row, do scores that are not finite.
         Both are counted.
         """
+        fused = self.fused
+        if fused is not None and fused.device != routing.choice.device and not torch.compiler.is_compiling():
+            self._follow(routing.choice.device)  # the model was moved, or its weights were away
+        if fused is not None and fused.takes(routing):
+            try:
+                return fused(routing, self.counters)
+            except torch.OutOfMemoryError:
+                raise  # no fault of the kernel's
+            except Exception as error:
+                self.fused, self.why_not_fused = None, f"the kernel failed: {error}"
+                if self._first():
+                    logger.error("lynx.kernel_failed", layer=self.info.name, error=_named(error))
+                    _warn(f"the fused kernel failed in layer {self.info.name!r}, which goes on in torch", error)
         unsound = unsound_rows(routing) & (routing.role != int(Role.PADDING))
         exact = unsound
         for phase in self.exact_phases:
@@ -53,26 +81,37 @@ class LayerSelection:
         except Exception as error:
             result = reroute(working, Keep(torch.ones_like(routing.choice, dtype=torch.bool), False))
             failed = True
-            self._warn(error)
+            if self._first():
+                logger.error("lynx.strategy_failed", layer=self.info.name, error=_named(error))
+                what = f"the strategy failed in layer {self.info.name!r} and the model's own routing is used there"
+                _warn(what, error)
         self.counters.add(working, result, unsound, failed)
         return result
+
+    def _follow(self, device: torch.device) -> None:
+        self.counters.on(device)
+        if self.fused is not None:
+            self.why_not_fused = self.fused.place(as_tensors_name(device))
 
     def observe(self, routing: Routing) -> None:
         """Count a batch that no strategy acts on, such as prefill under a decode strategy."""
         routing = routing.with_role(leave_exact(routing, torch.ones_like(routing.open_rows)))
         self.counters.add(routing, None, unsound_rows(routing) & (routing.role != int(Role.PADDING)), False)
 
-    def _warn(self, error: Exception) -> None:
-        """Say once per layer that the strategy failed; the counters tell how often."""
-        if self._warned:
-            return
-        self._warned = True
-        fault = f"{type(error).__name__}: {error}"
-        logger.error("lynx.strategy_failed", layer=self.info.name, error=fault)
-        message = f"the strategy failed in layer {self.info.name!r} and the model's own routing is used there: {fault}"
-        # where warnings are errors, generation goes on all the same
-        with contextlib.suppress(LynxWarning):
-            warnings.warn(message, LynxWarning, stacklevel=2)
+    def _first(self) -> bool:
+        """Whether nothing has been said of this layer yet; the counters tell how often a strategy failed."""
+        first, self._warned = not self._warned, True
+        return first
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _warn(what: str, error: Exception) -> None:
+    # where warnings are errors, generation goes on all the same
+    with contextlib.suppress(LynxWarning):
+        warnings.warn(f"{what}: {_named(error)}", LynxWarning, stacklevel=3)
 
 
 def _check_protect(strategy: BaseStrategy, info: LayerInfo) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
-
-from lynx.routing import Routing
+from lynx.keep import ByRatio
 from lynx.strategy import SelectionStrategy
 
 
@@ -18,6 +16,6 @@ class Exact(SelectionStrategy):
 
     name: Literal["exact"] = "exact"
 
-    def select(self, routing: Routing) -> Tensor:
-        """Keep the union of all own experts."""
-        return routing.wanted
+    def rule(self) -> ByRatio:
+        """Keep the union of all own experts, whatever their weight."""
+        return ByRatio(0.0)

@@ -58,6 +58,11 @@ class _Bound:
     def __init__(self, by_phase: dict[Phase, BoundStrategy]) -> None:
         self._by_phase = by_phase
 
+    @property
+    def sole(self) -> BoundStrategy | None:
+        """The one strategy that decides, if the other phase is left exact."""
+        return next(iter(self._by_phase.values())) if len(self._by_phase) == 1 else None
+
     def keep(self, routing: Routing) -> Keep:
         decisions = []
         for phase, strategy in self._by_phase.items():

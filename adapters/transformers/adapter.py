@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -62,7 +63,9 @@ class TransformersAdapter:
     ) -> TransformersInstallation:
         """Check everything that can stand against attaching."""
         pairs = cast("Sequence[tuple[RouterLayer, LayerSelection]]", selections)
-        experts = experts_room.choose(config.experts, [layer.site.experts for layer, _ in pairs])
+        modules = [layer.site.experts for layer, _ in pairs]
+        experts = experts_room.choose(config.experts, modules)
+        backends = experts_room.backends_of(modules) if experts == experts_room.IMPLEMENTATION else ""
         for layer, _ in pairs:
             for hook in layer.router._forward_hooks.values():
                 own = isinstance(replaced, TransformersInstallation) and replaced.owns(hook)
@@ -71,7 +74,7 @@ class TransformersAdapter:
                         f"router {layer.info.name!r} is attached through another module; "
                         "detach that one first (lynx.detach)."
                     )
-        return TransformersInstallation(model, pairs, config.max_decode_q, experts)
+        return TransformersInstallation(model, pairs, config.max_decode_q, experts, backends)
 
 
 class TransformersInstallation:
@@ -79,12 +82,19 @@ class TransformersInstallation:
 
     Attributes:
         experts: Which implementation runs the experts, ``model`` or ``lynx``.
+        experts_backend: What Lynx's runs on; empty for the model's own.
     """
 
     def __init__(
-        self, model: nn.Module, pairs: Sequence[tuple[RouterLayer, LayerSelection]], max_decode_q: int, experts: str
+        self,
+        model: nn.Module,
+        pairs: Sequence[tuple[RouterLayer, LayerSelection]],
+        max_decode_q: int,
+        experts: str,
+        experts_backend: str,
     ) -> None:
         self.experts = experts
+        self.experts_backend = experts_backend
         self._context = StepContext(max_decode_q)
         self._handles: list[RemovableHandle] = []
         self._switch = experts_room.ExpertsSwitch()
@@ -124,17 +134,21 @@ class TransformersInstallation:
             self._after(root, CallEnds(context))
         modules = dict(model.named_modules())
         routers: dict[str, list[RouterHook]] = {}
-        for layer, selection in pairs:
+        seats = self._seats([layer.site.experts for layer, _ in pairs])
+        for (layer, selection), seat in zip(pairs, seats, strict=True):
             assert layer.fingerprint is not None
+            selection.place(device_of(layer.router))
             acts_on_prefill = Phase.PREFILL not in selection.exact_phases
-            hook = RouterHook(context, layer.fingerprint, selection, acts_on_prefill)
+            hook = RouterHook(context, layer.fingerprint, selection, acts_on_prefill, seat)
             routers.setdefault(layer.site.backbone, []).append(hook)
             self._handles.append(layer.router.register_forward_hook(hook, with_kwargs=True))
         for name, hooks in routers.items():
             self._before(modules[name], StepBegins(context, parameter_names(modules[name])))
             self._after(modules[name], StepEnds(context, hooks))
-        if self.experts == experts_room.IMPLEMENTATION:
-            self._switch.set([layer.site.experts for layer, _ in pairs])
+
+    def _seats(self, experts: list[Any]) -> Sequence[experts_room.Seat | None]:
+        """Switch the experts over if Lynx's are to run them."""
+        return self._switch.set(experts) if self.experts == experts_room.IMPLEMENTATION else [None] * len(experts)
 
     def remove(self) -> None:
         """Take all hooks out, last first, and restore the experts implementation."""
@@ -158,3 +172,9 @@ class TransformersInstallation:
 
     def _after(self, module: nn.Module, hook: Any) -> None:
         self._handles.append(module.register_forward_hook(hook, always_call=True))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters or buffers are; the CPU if it has none, or has them offloaded."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))

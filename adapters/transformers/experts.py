@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from lynx.errors import ConfigError
-from lynx.kernels.experts import ExpertWeights, run_experts
+from lynx.errors import ConfigError, LynxWarning
+from lynx.kernels import ExpertWeights, Plan, choose_backend, run_experts
+from lynx.kernels.backends import try_kernels
+from lynx.kernels.gates import recognise
+from lynx.log import logger
 
 IMPLEMENTATION = "lynx"
+
+
+@dataclass(slots=True)
+class Seat:
+    """What Lynx's implementation knows of one layer's experts beside their module.
+
+    Attributes:
+        gate: The formula that the module's activation is, if it is one that a kernel can compute.
+        given: The ids that the layer's router gave out last and their plan, until the experts have run them. They are
+            one thing, so that threads which share a layer never find the plan of other ids.
+    """
+
+    gate: str | None = None
+    given: tuple[Tensor, Plan] | None = None
+
+    def give(self, ids: Tensor, plan: Plan | None) -> None:
+        """Keep the plan for the experts, which will be called with these very ids."""
+        self.given = None if plan is None else (ids, plan)
+
+    def take(self, ids: Tensor, num_experts: int) -> Plan | None:
+        """Return the plan if it is for these ids and for as many experts, and forget it.
+
+        A router may know more experts than the module has, such as ones that compute nothing.
+        """
+        given, self.given = self.given, None
+        return given[1] if given is not None and given[0] is ids and given[1].num_experts == num_experts else None
 
 
 def lynx_experts_forward(module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -26,50 +58,58 @@ def lynx_experts_forward(module: Any, hidden: Tensor, ids: Tensor, weights: Tens
     Returns:
         ``(T, H)``.
     """
+    seat: Seat = module._lynx_seat
+    experts = expert_weights(module, seat.gate)
+    return run_experts(hidden, ids, weights, experts, plan=seat.take(ids, experts.num_experts))
+
+
+def expert_weights(module: Any, gate: str | None = None) -> ExpertWeights:
+    """Read the host's experts module; cheap, and done anew each time, as offloaded weights come and go."""
     gated = module.has_gate
-    return run_experts(
-        hidden,
-        ids,
-        weights,
-        ExpertWeights(
-            gate_up=module.gate_up_proj if gated else module.up_proj,
-            down=module.down_proj,
-            gate_up_bias=(module.gate_up_proj_bias if gated else module.up_proj_bias) if module.has_bias else None,
-            down_bias=module.down_proj_bias if module.has_bias else None,
-            transposed=module.is_transposed,
-            activation=module._apply_gate if gated else module.act_fn,
-            post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-        ),
+    return ExpertWeights(
+        gate_up=module.gate_up_proj if gated else module.up_proj,
+        down=module.down_proj,
+        gate_up_bias=(module.gate_up_proj_bias if gated else module.up_proj_bias) if module.has_bias else None,
+        down_bias=module.down_proj_bias if module.has_bias else None,
+        transposed=module.is_transposed,
+        activation=module._apply_gate if gated else module.act_fn,
+        post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+        gate=gate,
     )
 
 
 class ExpertsSwitch:
     """Makes experts modules run Lynx's implementation, until :meth:`undo`.
 
-    Each module gets a copy of its config that names the implementation. The model's own config is not touched: it may
-    be shared with other models, and what its owner sets there meanwhile holds again afterwards.
+    Each module gets a copy of its config that names the implementation, and a seat. The model's own config is not
+    touched: it may be shared with other models, and what its owner sets there meanwhile holds again afterwards.
     """
 
     def __init__(self) -> None:
         self._previous: list[tuple[nn.Module, Any]] = []
 
-    def set(self, modules: Iterable[Any]) -> None:
-        """Switch the modules over."""
+    def set(self, modules: Iterable[Any]) -> list[Seat]:
+        """Switch the modules over; return their seats."""
         # imported here: transformers is loaded where there is a model of it, and only there
         from transformers.integrations.moe import ExpertsInterface
 
         ExpertsInterface.register(IMPLEMENTATION, lynx_experts_forward)
+        seats = []
         for module in modules:
             config = copy.copy(module.config)
             config._experts_implementation_internal = IMPLEMENTATION  # the property would write to sub-configs too
+            seat = Seat(_gate_of(module))
             self._previous.append((module, module.config))
-            module.config = config
+            module.config, module._lynx_seat = config, seat
+            seats.append(seat)
+        return seats
 
     def undo(self) -> None:
-        """Give every module its own config back."""
+        """Give every module its own config back, and take its seat."""
         while self._previous:
             module, config = self._previous.pop()
             module.config = config
+            vars(module).pop("_lynx_seat", None)
 
 
 def choose(asked: Literal["auto", "model", "lynx"], modules: Sequence[Any]) -> str:
@@ -79,16 +119,25 @@ def choose(asked: Literal["auto", "model", "lynx"], modules: Sequence[Any]) -> s
     ``batched_mm``: that one gathers weights per token and slot, so nothing is gained by waking fewer experts.
 
     Raises:
-        ConfigError: Lynx's was asked for and cannot run this model.
+        ConfigError: Lynx's was asked for and cannot run this model, or ``LYNX_KERNELS`` asks for what cannot.
     """
     if asked == "model":
         return "model"
     reason = next((why for module in modules if (why := why_not(module))), "")
-    if asked == "lynx":
-        if reason:
-            raise ConfigError(f"experts='lynx' cannot run this model: {reason}; use experts='model'.")
-        return "lynx"
-    return "lynx" if not reason and any(_gathers(module) for module in modules) else "model"
+    if asked == "lynx" and reason:
+        raise ConfigError(f"experts='lynx' cannot run this model: {reason}; use experts='model'.")
+    if asked == "auto" and (reason or not any(_gathers(module) for module in modules)):
+        return "model"
+    for module in modules:
+        _check_backend(module)
+    return "lynx"
+
+
+def backends_of(modules: Sequence[Any]) -> str:
+    """Name what Lynx's implementation runs on at decode, as far as weights are there and not offloaded."""
+    present = [weights for module in modules if not (weights := expert_weights(module)).down.is_meta]
+    with torch.no_grad():  # as at decode
+        return ", ".join(sorted({choose_backend(weights).backend for weights in present}))
 
 
 def why_not(experts: nn.Module | None) -> str:
@@ -112,3 +161,31 @@ def _gathers(experts: Any) -> bool:
     """Whether decode would run ``batched_mm``; ``generate`` takes it in place of ``grouped_mm`` except on a CPU."""
     used = experts.config._experts_implementation
     return used == "batched_mm" or (used == "grouped_mm" and experts.down_proj.device.type not in ("cpu", "meta"))
+
+
+def _gate_of(module: Any) -> str | None:
+    """Find the formula of a module's own activation, by trying it."""
+    weights = expert_weights(module)
+    device = "cpu" if weights.down.is_meta else weights.down.device
+    return recognise(weights.activation, weights.expert_size, module.has_gate, device)
+
+
+def _check_backend(module: Any) -> None:
+    """Raise where ``LYNX_KERNELS`` asks for what cannot run these experts; warn where the kernels fail to launch.
+
+    Offloaded weights say nothing: they come to the device that runs them with their forward.
+    """
+    weights, failure = expert_weights(module), ""
+    if weights.down.is_meta:
+        return
+    try:
+        with torch.no_grad():  # as at decode
+            if choose_backend(weights).backend == "triton":
+                failure = try_kernels(weights.down.device)
+            if failure:
+                choose_backend(weights)  # it knows now, and refuses if the kernels were asked for by name
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if failure:  # said once for a device, on which the kernels are not chosen any more
+        logger.error("lynx.kernel_failed", device=weights.down.device, error=failure)
+        warnings.warn(f"Lynx's kernels cannot run: {failure}; the experts run in torch", LynxWarning, stacklevel=2)

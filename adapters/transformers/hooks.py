@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lynx.adapters.transformers.experts import Seat
 from lynx.adapters.transformers.fingerprint import Fingerprint, choice_scores
 from lynx.adapters.transformers.probe import ARGUMENT
 from lynx.adapters.transformers.step import Step, read_step, stop_ids
@@ -90,12 +91,22 @@ class StepBegins:
 
 @dataclass(slots=True)
 class RouterHook:
-    """Forward hook of a router: puts the selection's ids and weights in place of the router's own."""
+    """Forward hook of a router: puts the selection's ids and weights in place of the router's own.
+
+    Attributes:
+        context: The step under way.
+        fingerprint: Where the router's outputs are, and how it weighs.
+        selection: The layer's selection.
+        acts_on_prefill: Whether the strategy has anything to say in prefill.
+        seat: Where the plan is left for Lynx's experts, if they run.
+        ran: Whether the hook has been called.
+    """
 
     context: StepContext
     fingerprint: Fingerprint
     selection: LayerSelection
     acts_on_prefill: bool
+    seat: Seat | None = None
     ran: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -128,6 +139,8 @@ class RouterHook:
         else:
             result = self.selection(routing)
             rewritten[places.ids], rewritten[places.weights] = result.ids, result.weights
+            if self.seat is not None:
+                self.seat.give(result.ids, result.plan)
         return tuple(rewritten)
 
     def _bias(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

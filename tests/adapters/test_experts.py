@@ -10,6 +10,7 @@ from transformers import MixtralForCausalLM
 
 import lynx
 import lynx.adapters.transformers.experts as experts_room
+from lynx.kernels import make_plan
 
 STOCK = ("eager", "grouped_mm", "batched_mm")
 
@@ -138,9 +139,9 @@ def calls(monkeypatch):
     """Count what Lynx's implementation runs."""
     counted = []
 
-    def run(hidden, *rest):
+    def run(hidden, *rest, **named):
         counted.append(len(hidden))
-        return original(hidden, *rest)
+        return original(hidden, *rest, **named)
 
     original = experts_room.run_experts
     monkeypatch.setattr(experts_room, "run_experts", run)
@@ -176,6 +177,42 @@ def test_only_chosen_layers(model, calls):
     with lynx.attach(model, "exact", experts="lynx", layers={"include": [1]}), torch.no_grad():
         model(**families.prompts())
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_configs_can_be_shown_while_attached(model):
+    before = repr(model.config)
+    with lynx.attach(model, "exact", experts="lynx"):
+        families.generate(model, families.prompts(), max_new_tokens=2)
+        config = model.model.layers[0].mlp.experts.config
+        assert config is not model.config
+        assert repr(config) == repr(model.config) == before
+        assert config.to_json_string(use_diff=False) == model.config.to_json_string(use_diff=False)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_a_copy_has_seats_of_its_own(model):
+    with lynx.attach(model, "exact", experts="lynx"):
+        twin = copy.deepcopy(model)
+        for router, first, second in zip(
+            families.routers(twin),
+            *([layer.mlp.experts for layer in m.model.layers] for m in (twin, model)),
+            strict=True,
+        ):
+            (hook,) = router._forward_hooks.values()
+            assert hook.seat is first._lynx_seat
+            assert hook.seat is not second._lynx_seat
+
+
+def test_a_seat_gives_its_plan_once_and_to_its_own_ids():
+    ids, seat = torch.tensor([[0, 1]]), experts_room.Seat()
+    plan = make_plan(ids, torch.ones(1, 2), 4)
+    for asked, experts, expected in [(ids, 4, plan), (ids.clone(), 4, None), (ids, 3, None)]:
+        seat.give(ids, plan)
+        assert seat.take(asked, experts) is expected
+        assert seat.take(ids, 4) is None
+    seat.give(ids, None)
+    assert seat.take(ids, 4) is None
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe"])

@@ -351,9 +351,10 @@ def test_in_and_out_of_inference_mode(model):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_copies_and_pickles(model):
+@pytest.mark.parametrize("experts", ["model", "lynx"])
+def test_copies_and_pickles(model, experts):
     """Hooks are objects: an attached model can be copied and sent to a process; the copy prunes for itself."""
-    with lynx.attach(model, PRUNING) as handle:
+    with lynx.attach(model, PRUNING, experts=experts) as handle:
         pruned = _decode(model)
         for twin in (copy.deepcopy(model), pickle.load(io.BytesIO(pickle.dumps(model)))):
             assert torch.equal(_decode(twin).decode, pruned.decode)

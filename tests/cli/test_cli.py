@@ -6,13 +6,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import LlamaConfig, MixtralConfig
 
 import lynx
-from lynx.cli import main
+import lynx.kernels
+from lynx.cli import doctor, main
+from lynx.kernels import BackendChoice, ExpertWeights, backends
 
 
 @dataclass
@@ -157,6 +162,58 @@ def test_doctor(run: Runs) -> None:
     assert markdown.startswith("### versions")
     assert f"| lynx-moe | {lynx.__version__} |" in markdown
     assert "execution paths" in run("doctor").stdout
+
+
+def paths_of(run: Runs) -> dict[str, str]:
+    return json.loads(run("doctor", "--json").stdout)["execution paths"]
+
+
+def test_doctor_shows_what_runs_for_each_dtype_and_device(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reasons that hold for some dtypes name them."""
+
+    def choose(experts: ExpertWeights) -> BackendChoice:
+        dtype = experts.down.dtype
+        return BackendChoice("grouped_mm" if dtype == torch.bfloat16 else "loop", f"for {dtype}")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.delenv("LYNX_KERNELS", raising=False)
+    monkeypatch.setattr(lynx.kernels, "choose_backend", choose)
+    paths = paths_of(run)
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for device in devices:
+        assert paths[f"experts on {device}, bfloat16"] == "grouped_mm: for torch.bfloat16"
+        for dtype in ("float16", "float32"):
+            assert paths[f"experts on {device}, {dtype}"] == f"loop: for torch.{dtype}"
+        assert f"not taken on {device}, float16, float32: grouped_mm" in paths
+        assert f"not taken on {device}, bfloat16: loop" in paths
+        assert f"not taken on {device}: reference" in paths
+        assert f"selection on {device}" in paths
+    assert paths["not taken on cpu: triton"].startswith("the kernels need a GPU")
+
+
+def test_doctor_tries_a_launch(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_trials", {torch.device("cpu"): "a first launch on cpu failed (no compiler)"})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("LYNX_KERNELS", "triton")
+    paths = paths_of(run)
+    assert paths["experts on cpu, float16"].startswith(
+        "REFUSED: LYNX_KERNELS='triton' cannot run these experts: a first"
+    )
+    assert paths["not taken on cpu: triton"] == "a first launch on cpu failed (no compiler)"
+    assert paths["selection on cpu"] == "torch: a first launch on cpu failed (no compiler)"
+
+
+def test_doctor_finds_triton_under_another_distribution(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm builds of torch bring it as pytorch-triton-rocm."""
+
+    def nowhere(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "version", nowhere)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.4.0+rocm"))
+    assert (doctor._version("triton"), doctor._version("vllm")) == ("3.4.0+rocm", "not installed")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert doctor._version("triton") == "not installed"
 
 
 def test_doctor_names_a_broken_plugin(tmp_path: Path) -> None:

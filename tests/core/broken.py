@@ -301,7 +301,7 @@ def repeats_an_expert(routing, keep):
 
 def forgets_losses(routing, keep):
     result = reroute(routing, keep)
-    return replace(result, lost_weights=torch.zeros_like(result.lost_weights))
+    return replace(result, own_weights=torch.zeros_like(result.own_weights))
 
 
 def leaves_rows_empty(routing, keep):

@@ -1,100 +1,27 @@
-"""Both ways of running experts, held to nested sums in float64."""
+"""Both ways of running experts by library products, held to nested sums in float64."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import DEVICE, assert_close_to_reference, make_batch, make_experts, squared_relu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lynx.kernels.experts as experts_file
-from lynx.kernels.experts import Backend, ExpertWeights, choose_backend, reference_experts, run_experts
+from lynx.kernels import Backend, ExpertWeights, backends, choose_backend, grouped, reference_experts, run_experts
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS: tuple[Backend, ...] = ("loop", "grouped_mm")
 LAYOUTS = ("gated", "no gate", "transposed", "normed")
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
-
-
-def halves_gate(up: Tensor) -> Tensor:
-    gate, up = up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def interleaved_gate(up: Tensor) -> Tensor:
-    gate, up = up[..., ::2].clamp(max=7.0), up[..., 1::2].clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
-
-
-def squared_relu(up: Tensor) -> Tensor:
-    return F.relu(up).square()
-
-
-def rms_norm(rows: Tensor) -> Tensor:
-    return F.rms_norm(rows, rows.shape[-1:], eps=1e-6)
-
-
-def make_experts(
-    layout: str,
-    E: int,
-    H: int,
-    I: int,  # noqa: E741
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> ExpertWeights:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
-
-    if layout == "transposed":
-        return ExpertWeights(
-            normal(E, H, 2 * I, scale=H**-0.5),
-            normal(E, I, H, scale=I**-0.5),
-            interleaved_gate,
-            gate_up_bias=normal(E, 2 * I, scale=0.1),
-            down_bias=normal(E, H, scale=0.1),
-            transposed=True,
-        )
-    width, activation = (I, squared_relu) if layout == "no gate" else (2 * I, halves_gate)
-    weights = ExpertWeights(normal(E, width, H, scale=H**-0.5), normal(E, H, I, scale=I**-0.5), activation)
-    return replace(weights, post_norm=rms_norm) if layout == "normed" else weights
-
-
-def make_batch(
-    T: int, k: int, E: int, H: int, dtype: torch.dtype = torch.float32, lost: float = 0.0, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, ids and weights; a share of the slots is lost: weight 0, and an expert repeated from the row."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(T, H, generator=generator).to(dtype)
-    weights, ids = torch.randn(T, E, generator=generator).softmax(-1).topk(k)
-    gone = torch.rand(T, k, generator=generator) < lost
-    ids, weights = torch.where(gone, ids[:, :1], ids), weights.masked_fill(gone, 0).to(dtype)
-    return hidden.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE)
-
-
-def assert_close_to_reference(
-    output: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor, experts: ExpertWeights
-) -> None:
-    """Compare in units of the summed magnitudes, as the slots of a token may cancel."""
-    expected = reference_experts(hidden, ids, weights, experts)
-    k = ids.shape[1]
-    slots = reference_experts(hidden.repeat_interleave(k, 0), ids.reshape(-1, 1), weights.reshape(-1, 1), experts)
-    scale = slots.abs().view(-1, k, hidden.shape[1]).sum(1).max().item() if slots.numel() else 0.0
-    assert output.dtype == hidden.dtype
-    assert output.shape == hidden.shape
-    error = (output.double() - expected).abs().max().item() if output.numel() else 0.0
-    assert error <= TOLERANCE[experts.down.dtype] * scale
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(params=["loop", "loop, all in oneDNN", "grouped_mm"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     if "oneDNN" in request.param:
-        monkeypatch.setattr(experts_file, "_ONEDNN_MIN_ELEMENTS", 0)
+        monkeypatch.setattr(grouped, "_ONEDNN_MIN_ELEMENTS", 0)
     return "grouped_mm" if request.param == "grouped_mm" else "loop"
 
 
@@ -102,7 +29,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @given(
     backend=st.sampled_from(BACKENDS),
     layout=st.sampled_from(LAYOUTS),
-    dtype=st.sampled_from(list(TOLERANCE)),
+    dtype=st.sampled_from(DTYPES),
     T=st.integers(0, 9),
     E=st.integers(1, 9),
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -172,13 +99,13 @@ def test_uninitialised_rows_never_reach_the_output(monkeypatch: pytest.MonkeyPat
 
 def test_the_loop_computes_nothing_for_lost_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     rows_seen = []
-    plain = experts_file._mm
+    plain = grouped._mm
 
     def spy(rows: Tensor, matrix: Tensor) -> Tensor:
         rows_seen.append(rows.shape[0])
         return plain(rows, matrix)
 
-    monkeypatch.setattr(experts_file, "_mm", spy)
+    monkeypatch.setattr(grouped, "_mm", spy)
     hidden, ids, weights = make_batch(8, 4, 12, 16, lost=0.7)
     run_experts(hidden, ids, weights, make_experts("gated", E=12, H=16, I=8), "loop")
     rows_of_active = torch.bincount(ids[weights != 0]).cpu()
@@ -262,7 +189,7 @@ def test_output_has_the_dtype_of_hidden(backend: Backend) -> None:
 
 
 def test_the_loop_has_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts_file, "_ONEDNN_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(grouped, "_ONEDNN_MIN_ELEMENTS", 0)
     experts = make_experts("gated", E=4, H=16, I=8)
     hidden, ids, weights = make_batch(6, 2, 4, 16, lost=0.3)
     hidden.requires_grad_()
@@ -296,8 +223,8 @@ def test_a_captured_graph_serves_other_routings() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Unknown backend='triton'. Known: auto, grouped_mm, loop"):
-        run_experts(*make_batch(2, 1, 2, 8), make_experts("gated", 2, 8, 8), "triton")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Unknown backend='fast'. Known: auto, grouped_mm, loop, reference, triton"):
+        run_experts(*make_batch(2, 1, 2, 8), make_experts("gated", 2, 8, 8), "fast")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -321,10 +248,8 @@ def test_the_choice_says_why(
     backend: str,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    weight = SimpleNamespace(
-        device=SimpleNamespace(type=device), dtype=dtype, shape=shape, element_size=lambda: dtype.itemsize
-    )
+    monkeypatch.setattr(backends, "capability_of", lambda device: capability)
+    weight = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=shape, element_size=lambda: dtype.itemsize)
     choice = choose_backend(ExpertWeights(weight, weight, squared_relu))  # type: ignore[arg-type]
     assert choice.backend == backend
     assert reason in choice.reason

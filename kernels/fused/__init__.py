@@ -1,0 +1,1 @@
+"""Triton kernels and their launches: importing a module of this package loads triton, importing lynx.kernels not."""
