@@ -13,12 +13,8 @@ got is printed beside them. On an idle machine it is all of it, and CPU time is 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,14 +24,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 import typer
+from machine import bandwidth, hardware, pin_one_thread, quartiles, versions
+from origin import OTHER_CODE, code, commit
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, OlmoeForCausalLM
 
 import lynx
+from lynx.demo.cache import as_argument
 from lynx.demo.speed import EXPERTS as E
 from lynx.demo.speed import HIDDEN as H
 from lynx.demo.speed import INTERMEDIATE as I
@@ -100,7 +98,7 @@ def decode(model: OlmoeForCausalLM, cache: DynamicCache, tokens: Tensor) -> list
     seconds = []
     for row in tokens:
         start = time.thread_time()
-        model(input_ids=row.unsqueeze(-1), past_key_values=cache, use_cache=True)
+        model(input_ids=row.unsqueeze(-1), **as_argument(cache, model), use_cache=True)
         seconds.append(time.thread_time() - start)
     cache.crop(-len(tokens))
     return seconds
@@ -112,7 +110,7 @@ def measure(model: OlmoeForCausalLM, setups: list[Setup], tokens: Tensor, rounds
     cache = DynamicCache(config=model.config)
     model.set_experts_implementation("grouped_mm")
     prompt = torch.randint(model.config.vocab_size, (tokens.shape[1], PROMPT))
-    model(input_ids=prompt, past_key_values=cache, use_cache=True)
+    model(input_ids=prompt, **as_argument(cache, model), use_cache=True)
     for turn in range(rounds):
         for setup in setups:
             if turn and setup.seconds > SLOW * min(stock.seconds for stock in setups[: len(STOCK)]):
@@ -121,12 +119,6 @@ def measure(model: OlmoeForCausalLM, setups: list[Setup], tokens: Tensor, rounds
                 setup.rounds.append(decode(model, cache, tokens)[1:])  # the first step warms up
         if sys.stderr.isatty():
             print(f"round {turn + 1} of {rounds}", file=sys.stderr)
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "q1": low, "q3": high}
 
 
 def figures(setup: Setup, baseline: Setup, active_before: float, expert_bytes: int) -> dict[str, Any]:
@@ -145,40 +137,6 @@ def figures(setup: Setup, baseline: Setup, active_before: float, expert_bytes: i
         "ratio": quartiles([statistics.median(ours) / statistics.median(theirs) for ours, theirs in pairs]),
         "expert_gb_per_s": active * expert_bytes / setup.seconds / 1e9,
     }
-
-
-def read_bandwidth() -> float:
-    """Measure GB/s of a sum over half a gigabyte, best of five."""
-    values, times = torch.ones(2**27), []
-    for _ in range(5):
-        start = time.thread_time()
-        values.sum()
-        times.append(time.thread_time() - start)
-    return values.nbytes / min(times) / 1e9
-
-
-def hardware(core_share: float) -> dict[str, Any]:
-    """Say what this ran on, and which share of its core it got."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "core_share": core_share,
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "read_gb_per_s": read_bandwidth(),
-    }
-
-
-def commit() -> str:
-    """Return the commit of the tree that this file lies in, marked where tracked files differ."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    return (git("rev-parse", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain", "-uno") else "")
 
 
 def show(result: dict[str, Any]) -> None:
@@ -210,17 +168,18 @@ def main(
     steps: int = typer.Option(4, min=1, help="Timed decode steps per round and setup."),
     batch: int = typer.Option(16, min=2, help="Sequences decoded together, T."),
     out: Path = typer.Option(Path("experts_cpu.json"), help="Where the figures go, as JSON."),
+    other_code: bool = OTHER_CODE,
     quick: bool = typer.Option(False, help="One layer, three rounds, two steps: a look, not a result."),
 ) -> None:
     """Time the decode step under each experts implementation and budget."""
     if quick:
         layers, rounds, steps = 1, 3, 2
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
+    origin = code(other_code)
+    pin_one_thread()
     torch.manual_seed(0)
     setups, model = make_setups(), real_shape_model(layers)
     tokens = torch.randint(model.config.vocab_size, (steps + 1, batch))
+    cpu_device = torch.device("cpu")
     wall, cpu = time.perf_counter(), time.thread_time()
     measure(model, setups, tokens, rounds)
     core_share = (time.thread_time() - cpu) / (time.perf_counter() - wall)
@@ -229,8 +188,9 @@ def main(
     result = {
         "command": shlex.join(sys.argv),
         "commit": commit(),
-        "versions": {module.__name__: module.__version__ for module in (lynx, torch, transformers)},
-        "hardware": hardware(core_share),
+        **origin,
+        "versions": versions(),
+        "hardware": {**hardware(cpu_device), "core_share": core_share, "read_gb_per_s": bandwidth(cpu_device)["read"]},
         "model": {"layers": layers, "H": H, "I": I, "E": E, "k": K, "T": batch, "dtype": "float32", "prompt": PROMPT},
         "repeats": {"rounds": rounds, "steps": steps},
         "baseline": baseline.runs,
