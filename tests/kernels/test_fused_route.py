@@ -135,6 +135,15 @@ def test_lost_slots_get_the_next_best_in_order(launches):
 
 
 @WAYS
+def test_padding_wakes_nothing(launches):
+    """What only padding names is neither kept nor there to pick from."""
+    routing = make(roles=[Role.PADDING] * 6 + [Role.OPEN] * 6, experts=64)
+    _, result, _ = check(TopBudget(budget=3, protect=0), routing, launches)
+    used = result.ids[6:][result.weights[6:] != 0].unique()
+    assert used.numel() <= 3
+
+
+@WAYS
 def test_few_open_rows_stay_exact(launches):
     routing = make(roles=[Role.OPEN, Role.EXACT, Role.PADDING, Role.OPEN] + [Role.PADDING] * 8, experts=64)
     _, result, _ = check(TopBudget(budget=1, protect=0), routing, launches, min_tokens=3)
