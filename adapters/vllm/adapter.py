@@ -1,0 +1,142 @@
+"""The adapter between the core and a model that vLLM has loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from lynx.adapter import Discovery, FoundLayer, Installation
+from lynx.adapters.vllm import requests
+from lynx.adapters.vllm.hook import Hook, Shared, hooks
+from lynx.adapters.vllm.routers import RouterRules, find_rules, has_room, set_hook
+from lynx.config import Config
+from lynx.errors import AttachError, ConfigError
+from lynx.selection import LayerSelection
+from lynx.strategy import LayerInfo
+
+LOOKED_FOR = "MoE layers of vLLM whose routers were made while Lynx was configured"
+
+
+class VllmAdapter:
+    """Takes models of vLLM whose routers have room for a hook, which Lynx's vLLM plugin makes."""
+
+    name = "vllm"
+
+    def recognises(self, model: Any) -> bool:
+        """Say whether such a router is in the module tree."""
+        return isinstance(model, nn.Module) and any(True for _ in _layers(model))
+
+    def discover(self, model: nn.Module) -> Discovery:
+        """Find the layers and ask their routers for their rules."""
+        modules = list(_layers(model))
+        layers = []
+        for index, (name, layer) in enumerate(modules):
+            rules = _rules(layer)
+            router = layer.router
+            info = LayerInfo(
+                name, index, router.global_num_experts, router.top_k, rules.weights, _expert_bytes(layer), len(modules)
+            )
+            layers.append(FoundLayer(info, layer, rules.notes, _refused(layer)))
+        return Discovery(self, tuple(layers), LOOKED_FOR, "vLLM's own")
+
+    def prepare(
+        self,
+        model: nn.Module,
+        config: Config,
+        selections: Sequence[tuple[FoundLayer, LayerSelection]],
+        replaced: Installation | None,
+    ) -> VllmInstallation:
+        """Check the configuration.
+
+        Raises:
+            ConfigError: Lynx is asked to run the experts, which vLLM's own kernels do.
+        """
+        if config.experts == "lynx":
+            raise ConfigError("experts='lynx' cannot run inside vLLM, whose kernels run what is active; leave it out.")
+        shared = Shared(config.max_decode_q, requests.flags.get(model))
+        found = []
+        for layer, selection in selections:
+            rules = _rules(layer.router)
+            found.append((layer.router, Hook(selection, rules.choice, rules.weights, rules.bias, shared)))
+        return VllmInstallation(found, shared)
+
+
+class VllmInstallation:
+    """The hooks in one model."""
+
+    experts = "model"
+
+    def __init__(self, layers: list[tuple[Any, Hook]], shared: Shared) -> None:
+        self._layers, self._shared = layers, shared
+        self._numbers: list[int] = []
+
+    @property
+    def paused(self) -> bool:
+        """While True, the model's own routing is let through."""
+        return self._shared.paused
+
+    @paused.setter
+    def paused(self, value: bool) -> None:
+        self._shared.paused = value
+
+    def start(self) -> None:
+        """Give every router its hook."""
+        for layer, hook in self._layers:
+            hook.selection.place(_device(layer))
+            self._numbers.append(len(hooks))
+            hooks.append(hook)
+            set_hook(layer.router, self._numbers[-1])
+
+    def remove(self) -> None:
+        """Take the hooks out; code that was compiled with them calls nothing any more."""
+        for layer, _ in self._layers:
+            set_hook(layer.router)
+        for number in self._numbers:
+            hooks[number] = None
+        self._numbers.clear()
+
+    def teacher_forced(self, prompt_columns: int) -> AbstractContextManager[None]:
+        """Raise: an engine has no whole-sequence forward of this kind."""
+        return _no_teacher_forcing()
+
+
+def _no_teacher_forcing() -> NoReturn:
+    raise AttachError("teacher forcing needs a model of transformers; an engine of vLLM generates.")
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The MoE layers with room for a hook, by module path."""
+    for name, module in model.named_modules():
+        if has_room(getattr(module, "router", None)):
+            yield name, module
+
+
+def _rules(layer: Any) -> RouterRules:
+    return find_rules(layer.router, layer.moe_config.hidden_dim, _device(layer))
+
+
+def _device(layer: Any) -> torch.device:
+    device: torch.device = next(layer.parameters()).device
+    return device
+
+
+def _expert_bytes(layer: Any) -> int:
+    """Bytes of one expert's weights on this rank."""
+    stacked = [p for p in layer.parameters() if p.ndim == 3 and len(p) == layer.moe_config.num_local_experts]
+    return sum(p[0].nbytes for p in stacked)
+
+
+def _refused(layer: Any) -> str:
+    """Say why a layer cannot be taken; empty if it can."""
+    if layer.is_monolithic:
+        return (
+            f"its experts run by {type(layer.routed_experts.quant_method).__name__}, whose kernel routes by itself; "
+            "choose another one with --moe-backend (triton, for instance)"
+        )
+    if getattr(layer.router, "_hash_indices_table", None) is not None:
+        return "its experts are chosen by token id, not by a router; leave it out under `layers`"
+    return ""

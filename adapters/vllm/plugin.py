@@ -1,0 +1,152 @@
+"""What vLLM loads by its entry point: makes room for hooks where routers are made, and attaches when a model is there.
+
+Nothing is changed in an engine for which Lynx is not configured.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+from lynx.adapters.vllm import requests
+from lynx.adapters.vllm.routers import make_room
+from lynx.attachment import attach
+from lynx.config import Config, load_config
+from lynx.errors import ConfigError, UnsupportedModelError
+from lynx.handle import Handle
+from lynx.log import logger
+
+OLDEST = (0, 30)
+_KEY = "lynx"  # in vLLM's additional_config
+_MARK = "_lynx"
+
+
+def register() -> None:
+    """Entry point in the group ``vllm.general_plugins``; vLLM calls it in every process, and may more than once."""
+    from vllm.model_executor.layers.fused_moe import layer
+    from vllm.model_executor.layers.fused_moe.router import router_factory
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    if not hasattr(router_factory.create_fused_moe_router, _MARK):
+        factory = _with_room(router_factory.create_fused_moe_router)
+        router_factory.create_fused_moe_router = factory
+        layer.create_fused_moe_router = factory
+    if not hasattr(BaseModelLoader.load_model, _MARK):
+        BaseModelLoader.load_model = _then_attach(BaseModelLoader.load_model)
+
+
+def configuration(additional: Any) -> Config | None:
+    """Read Lynx's configuration of an engine.
+
+    Args:
+        additional: vLLM's ``additional_config``: under ``"lynx"`` a mapping or the path of a file. Without it, the file
+            that ``LYNX_CONFIG`` names.
+
+    Returns:
+        The configuration, or None where Lynx is not asked for.
+
+    Raises:
+        ConfigError: What is there is wrong.
+    """
+    given = additional.get(_KEY) if isinstance(additional, Mapping) else None
+    given = given if given is not None else os.environ.get("LYNX_CONFIG")
+    if not given:
+        return None
+    if not isinstance(given, (str, Mapping)):
+        raise ConfigError(f"additional_config['{_KEY}'] is a mapping or a path; got {type(given).__name__}.")
+    return load_config(given)
+
+
+def _with_room(create: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(create)
+    def create_fused_moe_router(*args: Any, **kwargs: Any) -> Any:
+        from vllm.config import get_current_vllm_config
+
+        router = create(*args, **kwargs)
+        engine = get_current_vllm_config()
+        config = configuration(engine.additional_config)
+        if config is not None:
+            _check_engine(engine)
+            # Into the key of vLLM's compile cache: code compiled for another configuration must not be found.
+            engine.additional_config = {**engine.additional_config, _KEY: config.dump()}
+            make_room(router)
+        return router
+
+    setattr(create_fused_moe_router, _MARK, True)
+    return create_fused_moe_router
+
+
+def _then_attach(load: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(load)
+    def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model = load(self, vllm_config, model_config, *args, **kwargs)
+        config = configuration(vllm_config.additional_config)
+        if config is not None and model_config is vllm_config.model_config:  # a draft model stays as it is
+            _arm(model, config, vllm_config)
+        return model
+
+    setattr(load_model, _MARK, True)
+    return load_model
+
+
+def _arm(model: Any, config: Config, engine: Any) -> None:
+    import vllm
+    from vllm.logger import init_logger
+
+    device = next(model.parameters()).device
+    alike = requests.watch(model, engine, device)
+    handle = attach(model, config)
+    say = init_logger("vllm.lynx").info
+    say("Lynx is armed: %d MoE layers, strategy %s, vLLM %s", handle.layers, config.strategy.name, vllm.__version__)
+    for name, reason in handle.in_torch.items():
+        say("Lynx selects in torch, the first layer being %s: %s", name, reason)
+        break
+    if alike:
+        say("Lynx cannot leave single requests exact here: %s", alike)
+    atexit.register(_report, handle)
+
+
+def _report(handle: Handle) -> None:
+    """Log what selection did, at the end of the process."""
+    for phase, total in handle.report().total.items():
+        logger.info(
+            "lynx.served",
+            phase=phase,
+            steps=total.steps,
+            active_before=round(total.active_before, 2),
+            active_after=round(total.active_after, 2),
+            kept_mass_worst=total.kept_mass_worst,
+        )
+
+
+def _check_engine(engine: Any) -> None:
+    """Refuse what would be wrong or do nothing, before any weight is loaded."""
+    import vllm
+    from vllm import envs
+
+    parallel = engine.parallel_config
+    version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
+    for reason, what in (
+        (version < OLDEST, f"vLLM {vllm.__version__} is older than {'.'.join(map(str, OLDEST))}; install a newer one"),
+        (
+            getattr(envs, "VLLM_BATCH_INVARIANT", False),
+            "VLLM_BATCH_INVARIANT asks that a request does not depend on its batch, and under Lynx it does; unset one",
+        ),
+        (
+            parallel.data_parallel_size > 1,
+            "with data parallelism a rank's rows cannot be told from those of others yet; use tensor parallelism",
+        ),
+        (
+            getattr(parallel, "use_sequence_parallel_moe", False),
+            "with sequence-parallel MoE a rank's rows are not those of its requests; turn it off",
+        ),
+        (
+            getattr(parallel, "enable_dbo", False),
+            "with dual batch overlap the rows of a step are split; leave --enable-dbo out",
+        ),
+    ):
+        if reason:
+            raise UnsupportedModelError(f"Lynx is configured, but {what}.")

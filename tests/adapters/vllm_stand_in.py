@@ -1,0 +1,146 @@
+"""Stand-ins for the parts of vLLM that the adapter touches; real engines are in tests/vllm."""
+
+import enum
+import sys
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+
+import torch
+from torch import nn
+
+
+class CUDAGraphMode(enum.Enum):
+    NONE = 0
+    PIECEWISE = 1
+    FULL = 2
+
+
+class RoutingMethodType(enum.Enum):
+    Renormalize = 1
+    Custom = 2
+
+
+class Router:
+    """As vLLM's: top-k of softmax scores, or of grouped sigmoid scores with a bias."""
+
+    def __init__(self, top_k, global_num_experts, renormalize=True, bias=None, groups=1, kept=1, scale=1.0):
+        self.top_k, self.global_num_experts, self.renormalize = top_k, global_num_experts, renormalize
+        self.e_score_correction_bias, self.num_expert_group, self.topk_group = bias, groups, kept
+        self.scale = scale
+
+    @property
+    def routing_method_type(self):
+        return RoutingMethodType.Renormalize
+
+    def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+        scores = router_logits.float()
+        scores = scores.softmax(-1) if self.e_score_correction_bias is None else scores.sigmoid()
+        choice = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+        if self.num_expert_group > 1:
+            grouped = choice.unflatten(-1, (self.num_expert_group, -1))
+            best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1).indices
+            kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter(1, best, True)
+            choice = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(1)
+        ids = choice.topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, ids)
+        if self.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * self.scale, ids.to(torch.int32)
+
+
+class Layer(nn.Module):
+    """An MoE layer of vLLM, as far as Lynx looks at it."""
+
+    def __init__(self, router, monolithic=False):
+        super().__init__()
+        self.router, self.is_monolithic = router, monolithic
+        self.w13 = nn.Parameter(torch.zeros(router.global_num_experts, 4, 8))
+        self.moe_config = SimpleNamespace(hidden_dim=8, num_local_experts=router.global_num_experts)
+        self.routed_experts = SimpleNamespace(quant_method=SimpleNamespace())
+
+
+def engine(additional=None, **parallel):
+    """vLLM's configuration."""
+    return SimpleNamespace(
+        additional_config=additional or {},
+        model_config=SimpleNamespace(),
+        parallel_config=SimpleNamespace(data_parallel_size=1, **parallel),
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        use_v2_model_runner=False,
+    )
+
+
+class StandIn:
+    """The modules, and what a test may set in them."""
+
+    def __init__(self, monkeypatch):
+        self.config, self.context, self.said = engine(), None, []
+
+        def make(name, **values):
+            module = ModuleType(name)
+            vars(module).update(values)
+            monkeypatch.setitem(sys.modules, name, module)
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], child, module)
+            return module
+
+        def create_fused_moe_router(**options):
+            return Router(**options)
+
+        class BaseModelLoader:
+            def load_model(self, vllm_config, model_config, prefix=""):
+                return vllm_config.load().eval()
+
+        class GPUModelRunner:
+            def _prepare_inputs(self, *args):
+                return "prepared"
+
+            def get_model(self):
+                return self.model
+
+        self.vllm = make("vllm", __version__="0.32.0")
+        make("vllm.config", CUDAGraphMode=CUDAGraphMode, get_current_vllm_config=lambda: self.config)
+        make(
+            "vllm.forward_context",
+            get_forward_context=lambda: self.context,
+            is_forward_context_available=lambda: self.context is not None,
+        )
+        self.envs = make("vllm.envs", VLLM_BATCH_INVARIANT=False)
+        logger = SimpleNamespace(info=lambda words, *values: self.said.append(words % values))
+        make("vllm.logger", init_logger=lambda name: logger)
+        for name in (
+            "vllm.model_executor",
+            "vllm.model_executor.layers",
+            "vllm.model_executor.layers.fused_moe",
+            "vllm.model_executor.layers.fused_moe.router",
+            "vllm.model_executor.model_loader",
+            "vllm.v1",
+            "vllm.v1.worker",
+        ):
+            make(name)
+        moe = "vllm.model_executor.layers.fused_moe"
+        make(f"{moe}.config", RoutingMethodType=RoutingMethodType)
+        self.factory = make(f"{moe}.router.router_factory", create_fused_moe_router=create_fused_moe_router)
+        self.layer = make(f"{moe}.layer", create_fused_moe_router=create_fused_moe_router)
+        self.loader = make("vllm.model_executor.model_loader.base_loader", BaseModelLoader=BaseModelLoader)
+        self.runner = make("vllm.v1.worker.gpu_model_runner", GPUModelRunner=GPUModelRunner).GPUModelRunner
+
+    def load(self, *routers, monolithic=False):
+        """Make a model through the wrapped factory and the wrapped loader."""
+
+        def build():
+            made = [self.layer.create_fused_moe_router(**options) for options in routers]
+            layers = nn.ModuleList(Layer(router, monolithic) for router in made)
+            return nn.ModuleDict({"head": nn.Linear(1, 1), "experts": layers})
+
+        self.config.load = build
+        return self.loader.BaseModelLoader().load_model(self.config, self.config.model_config)
+
+    @contextmanager
+    def step(self, starts, lengths, mode=CUDAGraphMode.NONE):
+        """A forward under way."""
+        metadata = {"attention": SimpleNamespace(query_start_loc=torch.tensor(starts), seq_lens=torch.tensor(lengths))}
+        self.context = SimpleNamespace(attn_metadata=metadata, cudagraph_runtime_mode=mode, additional_kwargs={})
+        yield self.context
+        self.context = None

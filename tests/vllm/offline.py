@@ -1,0 +1,155 @@
+"""One engine of vLLM, and what it does under Lynx: run by test_engine.py, which reads the file that this writes.
+
+python offline.py FOLDER OUT '{"lynx": ..., "engine": {...}, "strategies": [...], "exact_rows": [...]}'
+"""
+
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+from reference import EOS, problems
+from vllm import LLM, SamplingParams
+from vllm.forward_context import get_forward_context
+from vllm.inputs import TokensPrompt
+
+MAX_TOKENS = 112  # as in `lynx demo`
+
+
+def start(folder, lynx, options):
+    """Start an engine, with Lynx's configuration if there is one."""
+    settings = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "distributed_executor_backend": "uni",
+    }
+    extra = {} if lynx is None else {"additional_config": {"lynx": lynx}}
+    return LLM(folder, **(settings | options | extra))
+
+
+def generate(engine, chosen, exact=()):
+    """Answer problems greedily; those in `exact` ask for exact routing."""
+    prompts = [TokensPrompt(prompt_token_ids=list(problem.prompt.encode())) for problem in chosen]
+    sampling = [
+        SamplingParams(
+            max_tokens=MAX_TOKENS,
+            temperature=0,
+            stop_token_ids=[EOS],
+            extra_args={"lynx": "exact"} if place in exact else None,
+        )
+        for place in range(len(prompts))
+    ]
+    return [list(output.outputs[0].token_ids) for output in engine.generate(prompts, sampling, use_tqdm=False)]
+
+
+class Watcher:
+    """Counts, where the experts are called, which of them a step wakes: beside Lynx's hook and not through it."""
+
+    def __init__(self, model):
+        self.forget()
+        for name, module in model.named_modules():
+            if hasattr(module, "forward_modular"):
+                module.forward_modular = self._watched(name, module.forward_modular)
+
+    def forget(self):
+        self.distinct, self.prefill = defaultdict(list), Counter()
+
+    def _watched(self, name, forward):
+        def forward_modular(*args, **named):
+            metadata = get_forward_context().attn_metadata
+            if isinstance(metadata, dict):
+                self._count(name, named["topk_ids"], named["topk_weights"], next(iter(metadata.values())))
+            return forward(*args, **named)
+
+        return forward_modular
+
+    def _count(self, name, ids, weights, step):
+        starts, lengths, decode = step.query_start_loc.tolist(), step.seq_lens.tolist(), []
+        for start, end, length in zip(starts, starts[1:], lengths, strict=False):
+            if end - start == 1 and length > 1:
+                decode.append(start)
+            else:
+                self.prefill.update((name, *sorted(row)) for row in ids[start:end].tolist())
+        if decode:
+            self.distinct[name].append(ids[decode][weights[decode] != 0].unique().numel())
+
+    def take(self):
+        """Mean distinct experts per layer and decode step, and all decisions of prefill; forgets both."""
+        counts = [count for layer in self.distinct.values() for count in layer]
+        taken = sum(counts) / max(len(counts), 1), self.prefill
+        self.forget()
+        return taken
+
+
+def rows_of_exact_requests(model):
+    """Spy on the hooks: for every step, whether rows of exact requests left with the router's own decision."""
+    from lynx.adapters.vllm import hook as room
+    from lynx.adapters.vllm.requests import flags
+
+    seen = {"same": 0, "changed": 0, "others_changed": 0}
+    plain = room.Hook.__call__
+
+    def call(self, logits, weights, ids):
+        new_weights, new_ids = plain(self, logits, weights, ids)
+        metadata = get_forward_context().attn_metadata
+        if isinstance(metadata, dict) and next(iter(metadata.values())).max_query_len == 1:
+            exact = flags[model][: len(ids)]
+            changed = ((new_ids != ids) | (new_weights != weights)).any(-1)
+            seen["same"] += int((exact & ~changed).sum())
+            seen["changed"] += int((exact & changed).sum())
+            seen["others_changed"] += int((~exact & changed).sum())
+        return new_weights, new_ids
+
+    room.Hook.__call__ = call
+    return seen
+
+
+def main(folder, out, wish):
+    """Run what is wished for, and write what came of it."""
+    engine = start(folder, wish.get("lynx"), wish.get("engine", {}))
+    chosen = problems()[: wish.get("problems", 16)]
+    result = {"tokens": generate(engine, chosen, wish.get("exact_rows", ()) if wish.get("mixed") else ())}
+    if wish.get("strategies") is not None:
+        result |= engine.apply_model(lambda model: strategies(engine, model, chosen, wish))[0]
+    Path(out).write_text(json.dumps(result))
+
+
+def strategies(engine, model, chosen, wish):
+    """Put one strategy after another on the running engine."""
+    import lynx
+
+    watcher, outcomes, prefills = Watcher(model), {}, {}
+    for setting in wish["strategies"]:
+        with lynx.attach(model, setting) as handle:
+            tokens = generate(engine, chosen)
+            total = handle.report().total["decode"]
+        active, prefill = watcher.take()
+        name = json.dumps(setting)
+        prefills[name] = prefill
+        outcomes[name] = {
+            "tokens": tokens,
+            "active": active,
+            "reported": total.active_after,
+            "reported_before": total.active_before,
+            "prefill_as_first": prefill == next(iter(prefills.values())),
+            "solved": sum(
+                problem.solved_by(bytes(token for token in answer if token < 256).decode(errors="replace"))
+                for problem, answer in zip(chosen, tokens, strict=True)
+            ),
+        }
+    stock = generate(engine, chosen)
+    stock_active, _ = watcher.take()
+    seen = rows_of_exact_requests(model)
+    with lynx.attach(model, wish["strategies"][-1]):
+        mixed = generate(engine, chosen, exact=wish["exact_rows"])
+    return {"outcomes": outcomes, "stock": stock, "stock_active": stock_active, "mixed": mixed, "exact_rows": seen}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
