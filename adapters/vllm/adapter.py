@@ -61,7 +61,8 @@ class VllmAdapter:
         found = []
         for layer, selection in selections:
             rules = _rules(layer.router)
-            found.append((layer.router, Hook(selection, rules.choice, rules.weights, rules.bias, shared)))
+            real = getattr(layer.router.router, "num_logical_experts", layer.info.num_experts)
+            found.append((layer.router, Hook(selection, rules.choice, rules.weights, rules.bias, real, shared)))
         return VllmInstallation(found, shared)
 
 

@@ -43,6 +43,8 @@ class Hook:
         choice: What the router ranks experts by.
         rule: How it weighs them.
         bias: What it adds to scores for the choice, ``(E,)``, or None.
+        real: How many of the experts are ones to run. What the router gives to experts behind them (zero experts) it
+            has turned into slots of weight 0, which stay as they are.
         shared: What all layers share.
     """
 
@@ -50,6 +52,7 @@ class Hook:
     choice: ChoiceRule
     rule: WeightRule
     bias: Tensor | None
+    real: int
     shared: Shared
 
     def __call__(self, logits: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,17 +61,22 @@ class Hook:
         if rows is None:
             return weights, ids
         values = logits.float()
+        choice = choice_scores(self.choice, values, self.bias)
+        given = ids
+        if self.real < choice.shape[-1]:
+            choice = choice.index_fill(-1, torch.arange(self.real, choice.shape[-1], device=ids.device), -torch.inf)
+            given = ids.masked_fill(weights == 0, -1)
         routing = Routing(
-            choice=choice_scores(self.choice, values, self.bias),
+            choice=choice,
             logits=values,
-            ids=ids,
+            ids=given,
             weights=weights,
             role=torch.where((ids < 0).all(-1), 0, rows.role),  # rows that vLLM has marked as padding itself
             phase=rows.phase,
             rule=self.rule,
         )
         result = self.selection(routing)
-        return result.weights, result.ids
+        return result.weights, result.ids if given is ids else torch.where(given < 0, ids, result.ids)
 
     def _rows(self, tokens: int, device: torch.device) -> Rows | None:
         from vllm.config import CUDAGraphMode

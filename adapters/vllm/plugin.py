@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
-from lynx.adapters.vllm import requests
+from lynx.adapters.vllm import metrics, requests
 from lynx.adapters.vllm.routers import make_room
 from lynx.attachment import attach
 from lynx.config import Config, load_config
@@ -106,6 +106,9 @@ def _arm(model: Any, config: Config, engine: Any) -> None:
         break
     if alike:
         say("Lynx cannot leave single requests exact here: %s", alike)
+    unseen = metrics.export(handle)
+    if unseen:
+        say("Lynx's counters: %s", unseen)
     atexit.register(_report, handle)
 
 

@@ -76,11 +76,14 @@ def inspect(
 def doctor(
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown for an issue report.")] = False,
+    vllm: Annotated[
+        str | None, typer.Option("--vllm", metavar="MODEL", help="Start vLLM on this model, and show what is armed.")
+    ] = None,
 ) -> None:
     """Show versions, devices, live execution paths and plugins."""
     from lynx.cli.doctor import examine
 
-    examine(as_json, markdown)
+    examine(as_json, markdown, vllm)
 
 
 def main(arguments: list[str] | None = None) -> None:

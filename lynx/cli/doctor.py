@@ -17,9 +17,14 @@ _PACKAGES = ("torch", "transformers", "triton", "vllm", "pluggy", "pydantic", "s
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def examine(as_json: bool, markdown: bool) -> None:
-    """Print what this installation has and can do."""
-    facts = collect()
+def examine(as_json: bool, markdown: bool, vllm: str | None = None) -> None:
+    """Print what this installation has and can do; or what Lynx takes of a model that vLLM starts."""
+    if vllm is None:
+        facts = collect()
+    else:
+        from lynx.cli.vllm import examine_engine
+
+        facts = examine_engine(vllm)
     if as_json:
         print(json.dumps(facts, indent=2))
     elif markdown:

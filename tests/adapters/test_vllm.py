@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm_stand_in import CUDAGraphMode, Router, StandIn, engine
+from vllm_stand_in import CUDAGraphMode, Router, StandIn, ZeroExpertRouter, engine
 
 import lynx
-from lynx.adapters.vllm import plugin, requests, routers
+from lynx.adapters.vllm import metrics, plugin, requests, routers
 from lynx.adapters.vllm.adapter import VllmAdapter
 from lynx.adapters.vllm.rows import Rows, read_rows
 from lynx.errors import AttachError, ConfigError, LynxError, UnsupportedModelError
@@ -22,6 +22,8 @@ SIZES = {"top_k": 4, "global_num_experts": 16}
 @pytest.fixture
 def vllm(monkeypatch):
     monkeypatch.delenv("LYNX_CONFIG", raising=False)
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setattr(metrics, "_exporters", [])
     routers._subclass.cache_clear()
     stand_in = StandIn(monkeypatch)
     plugin.register()
@@ -172,6 +174,61 @@ def test_the_handle_pauses_replaces_and_detaches(vllm):
         pass
 
 
+def test_slots_of_zero_experts_stay(vllm):
+    """They are expert 0 at weight 0 when the hook sees them, and must come out so; nothing is moved to zero experts."""
+    vllm.config = engine(UNION)
+    layer = vllm.load(SIZES | {"kind": ZeroExpertRouter})["experts"][0]
+    logits = torch.randn(12, 16, generator=torch.Generator().manual_seed(1))
+    weights, ids = ZeroExpertRouter._compute_routing(layer.router, None, logits, None)
+    zero = weights == 0
+    assert zero.any()
+    with vllm.step(list(range(13)), [9] * 12):
+        new_weights, new_ids = layer.router._compute_routing(None, logits, None)
+    assert torch.equal(new_ids[zero], ids[zero])
+    assert (new_weights[zero] == 0).all()
+    assert not torch.equal(new_ids, ids) or not torch.equal(new_weights, weights)
+    assert (new_ids < 12).all()
+
+
+def test_slots_of_fused_shared_experts_stay(vllm):
+    class Shared(Router):
+        def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+            weights, ids = super()._compute_routing(hidden_states, router_logits, indices_type)
+            shared = torch.full((len(ids), 1), 16, dtype=ids.dtype)
+            return torch.cat([weights, torch.ones(len(ids), 1)], -1), torch.cat([ids, shared], -1)
+
+    vllm.config = engine(UNION)
+    layer = vllm.load(SIZES | {"kind": Shared})["experts"][0]
+    logits = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    _, ids = Shared._compute_routing(layer.router, None, logits, None)
+    with vllm.step(list(range(7)), [9] * 6):
+        new_weights, new_ids = layer.router._compute_routing(None, logits, None)
+    assert (new_ids[:, 4] == 16).all()
+    assert (new_weights[:, 4] == 1).all()
+    assert not torch.equal(new_ids, ids)
+    torch.testing.assert_close(new_weights[:, :4].sum(-1), torch.ones(6))
+
+
+def test_counters_for_prometheus(vllm, monkeypatch, tmp_path):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    vllm.config, now = engine(UNION), [0.0]
+    layer = vllm.load(SIZES)["experts"][0]
+    assert not any("counters" in line for line in vllm.said)
+    (exporter,) = metrics._exporters
+    exporter._clock = lambda: now[0]
+    exporter._last = 0.0
+    with vllm.step([0, 1, 2, 3, 4], [9, 9, 9, 9]):
+        route(layer, 4)
+    runner = vllm.runner()
+    runner.execute_model()
+    assert vllm.gauges == {}
+    now[0] = 11.0
+    runner.execute_model()
+    assert vllm.gauges["lynx_steps", "experts.0", "decode"] == 1
+    before, after = (vllm.gauges[f"lynx_active_{name}", "experts.0", "decode"] for name in ("before", "after"))
+    assert after < before
+
+
 def test_the_op_keeps_its_promises(vllm):
     vllm.config = engine(UNION)
     layer = vllm.load(SIZES)["experts"][0]
@@ -189,7 +246,7 @@ def test_requests_that_ask_for_exact_routing(vllm, caplog):
     runner.requests = {n: SimpleNamespace(sampling_params=SimpleNamespace(extra_args=w)) for n, w in enumerate(wishes)}
     runner.input_batch = SimpleNamespace(req_ids=[0, 1, 2, 3])
     assert runner._prepare_inputs() == "prepared"
-    assert requests.flags[model].tolist() == [False, True, False, True] + [False] * 4
+    assert requests.flags[model].tolist() == [False, True, False, True] + [False] * 12
     assert "request_not_understood" in caplog.text  # and is left exact, to be on the safe side
     with vllm.step([0, 1, 2, 3, 4], [9, 9, 9, 9]):
         (weights, ids), (new_weights, new_ids) = route(layer, 4)

@@ -48,6 +48,17 @@ class Router:
         return weights * self.scale, ids.to(torch.int32)
 
 
+class ZeroExpertRouter(Router):
+    """The last experts give nothing: their slots leave with expert 0 and weight 0."""
+
+    num_logical_experts = 12
+
+    def _compute_routing(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+        weights, ids = super()._compute_routing(hidden_states, router_logits, indices_type)
+        zero = ids >= self.num_logical_experts
+        return weights.masked_fill(zero, 0.0), ids.masked_fill(zero, 0)
+
+
 class Layer(nn.Module):
     """An MoE layer of vLLM, as far as Lynx looks at it."""
 
@@ -65,7 +76,7 @@ def engine(additional=None, **parallel):
         additional_config=additional or {},
         model_config=SimpleNamespace(),
         parallel_config=SimpleNamespace(data_parallel_size=1, **parallel),
-        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        scheduler_config=SimpleNamespace(max_num_seqs=16),
         use_v2_model_runner=False,
     )
 
@@ -85,8 +96,8 @@ class StandIn:
                 setattr(sys.modules[parent], child, module)
             return module
 
-        def create_fused_moe_router(**options):
-            return Router(**options)
+        def create_fused_moe_router(kind=Router, **options):
+            return kind(**options)
 
         class BaseModelLoader:
             def load_model(self, vllm_config, model_config, prefix=""):
@@ -96,9 +107,22 @@ class StandIn:
             def _prepare_inputs(self, *args):
                 return "prepared"
 
+            def execute_model(self):
+                return "executed"
+
             def get_model(self):
                 return self.model
 
+        self.gauges = gauges = {}
+
+        class Gauge:
+            def __init__(self, name, words, labels, multiprocess_mode):
+                self.name = name
+
+            def labels(self, *labels):
+                return SimpleNamespace(set=lambda value: gauges.update({(self.name, *labels): value}))
+
+        make("prometheus_client", Gauge=Gauge)
         self.vllm = make("vllm", __version__="0.32.0")
         make("vllm.config", CUDAGraphMode=CUDAGraphMode, get_current_vllm_config=lambda: self.config)
         make(

@@ -156,12 +156,20 @@ def test_doctor(run: Runs) -> None:
     facts = json.loads(run("doctor", "--json").stdout)
     assert facts["versions"]["lynx-moe"] == lynx.__version__
     assert facts["strategies"]["batch-union"] == "lynx-moe"
-    assert facts["adapters"] == {"transformers": "lynx-moe"}
+    assert facts["adapters"] == {"vllm": "lynx-moe", "transformers": "lynx-moe"}
     assert any(name.startswith("experts on cpu") for name in facts["execution paths"])
     markdown = run("doctor", "--markdown").stdout
     assert markdown.startswith("### versions")
     assert f"| lynx-moe | {lynx.__version__} |" in markdown
     assert "execution paths" in run("doctor").stdout
+
+
+def test_doctor_says_that_vllm_is_not_there(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it starts an engine is tried in tests/vllm."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_STREAM"):
+        monkeypatch.setenv(name, "")  # what the command sets is taken back
+    assert "vLLM is not installed here" in run("doctor", "--vllm", "some/model", code=2).stderr
 
 
 def paths_of(run: Runs) -> dict[str, str]:

@@ -82,6 +82,11 @@ class Server:
             assert parts[-1] == "[DONE]"
             return "".join(json.loads(part)["choices"][0]["text"] for part in parts[:-1])
 
+    def metrics(self):
+        """What Prometheus would be told."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as answer:
+            return answer.read().decode()
+
     def kill_engine(self):
         """End the engine core, which does the work, as a crash would."""
         import psutil

@@ -1,9 +1,12 @@
 """vLLM serves the reference model: alone, and with Lynx."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import environment
 
 ROOT = Path(__file__).parents[2]
 EXACT = {"strategy": {"name": "exact"}}
@@ -95,6 +98,30 @@ def test_subprocess_workers_configured_by_the_environment(offline, stock, tmp_pa
     assert "strategy batch-union" in log
     assert mixed["tokens"] != stock
     assert all(mixed["tokens"][row] == stock[row] for row in EXACT_ROWS)
+
+
+def test_tensor_parallel_ranks(offline):
+    """Two ranks, each armed; had they chosen differently, not even exact requests would get their tokens."""
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    apart = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    alone, _ = offline(environment=apart, engine=engine)
+    exact, log = offline(lynx=EXACT, environment=apart, engine=engine)
+    assert log.count("Lynx is armed: 4 MoE layers, strategy exact") == 2
+    assert exact["tokens"] == alone["tokens"]
+    union = {"strategy": SETTINGS[-1]}
+    mixed, _ = offline(lynx=union, environment=apart, engine=engine, mixed=True, exact_rows=EXACT_ROWS)
+    assert mixed["tokens"] != alone["tokens"]
+    assert all(mixed["tokens"][row] == alone["tokens"][row] for row in EXACT_ROWS)
+
+
+def test_doctor_shows_what_is_armed(folder):
+    command = [str(Path(sys.executable).with_name("lynx")), "doctor", "--vllm", str(folder), "--json"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    facts = json.loads(done.stdout)
+    assert facts["armed"]["layers"] == "4"
+    assert facts["armed"]["strategy"] == "exact"
+    assert facts["MoE layers"]["model.layers.0.mlp.experts"] == "32 experts, 4 per token, softmax, renormalised"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The OpenAI-compatible server with Lynx: concurrent clients, requests that ask for exact routing, crashes."""
 
+import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -51,6 +53,21 @@ def test_concurrent_clients(serve, texts):
         if place % 3 == 0:
             assert answer == texts[place]
     assert answers != texts
+
+
+def test_counters_are_on_the_servers_metrics(serve, texts, tmp_path):
+    shared = tmp_path / "metrics"
+    shared.mkdir()
+    server = serve(UNION, PROMETHEUS_MULTIPROC_DIR=str(shared))
+    assert server.wait(), server.log[-4000:]
+    ask_all(server, texts)
+    time.sleep(11)  # they are read every ten seconds, by a step
+    ask_all(server, texts)
+    labels = r'\{layer="model\.layers\.0\.mlp\.experts",phase="decode"\}'
+    found = dict(re.findall(rf"^lynx_(\w+){labels} (\S+)$", server.metrics(), re.MULTILINE))
+    assert float(found["steps"]) > 0
+    assert 0 < float(found["active_after"]) < float(found["active_before"])
+    assert 0 < float(found["kept_mass_worst"]) < float(found["kept_mass_mean"]) <= 1
 
 
 def test_a_killed_engine_leaves_nothing_half_armed(serve, texts):

@@ -1,0 +1,91 @@
+"""Counters for Prometheus: what selection did, on vLLM's own `/metrics`.
+
+Layers live in worker processes, and `/metrics` in another one. prometheus_client joins them by a folder that the
+environment variable `PROMETHEUS_MULTIPROC_DIR` names for all of them; without it there is nothing to show.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from lynx.handle import Handle
+
+SECONDS = 10.0  # counters are read this often: each time waits for the device once
+_MARK = "_lynx_metrics"
+_NAMES = {
+    "steps": "batches with rows in this phase",
+    "active_before": "distinct experts, mean per step, as the model routed",
+    "active_after": "the same after selection",
+    "open_rows": "tokens that selection may re-route",
+    "rows_changed": "tokens that lost at least one expert",
+    "kept_mass_mean": "share of a token's own weight that was kept, mean over open tokens",
+    "kept_mass_worst": "the worst token's share",
+}
+
+
+class Exporter:
+    """Writes a handle's report to gauges named `lynx_...`, with the labels layer and phase.
+
+    Args:
+        handle: Whose report.
+        seconds: How long to wait between two readings.
+        clock: What tells the time.
+    """
+
+    def __init__(self, handle: Handle, seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
+        from prometheus_client import Gauge
+
+        self._handle, self._seconds, self._clock, self._last = handle, seconds, clock, clock()
+        # ranks of tensor parallelism count the same: one of them is shown
+        self._gauges = {
+            name: Gauge(f"lynx_{name}", words, ["layer", "phase"], multiprocess_mode="livemax")
+            for name, words in _NAMES.items()
+        }
+
+    def step(self) -> None:
+        """Write, if it is time; called once per step."""
+        if self._clock() - self._last >= self._seconds:
+            self.write()
+
+    def write(self) -> None:
+        """Read the counters and set the gauges."""
+        for layer in self._handle.report().layers:
+            for phase, figures in layer.phases.items():
+                for name, gauge in self._gauges.items():
+                    value = getattr(figures, name)
+                    if value is not None:
+                        gauge.labels(layer.name, phase).set(value)
+        self._last = self._clock()
+
+
+def export(handle: Handle) -> str:
+    """Export a handle's report from now on; return why not, in a few words, or nothing."""
+    if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        return "set PROMETHEUS_MULTIPROC_DIR to an empty folder to have them on /metrics"
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    exporter = Exporter(handle)
+    execute = GPUModelRunner.execute_model
+    if not hasattr(execute, _MARK):
+        GPUModelRunner.execute_model = _then_export(execute)
+    _exporters.append(exporter)
+    return ""
+
+
+_exporters: list[Exporter] = []
+
+
+def _then_export(execute: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(execute)
+    def execute_model(*args: Any, **kwargs: Any) -> Any:
+        done = execute(*args, **kwargs)
+        for exporter in _exporters:
+            exporter.step()
+        return done
+
+    setattr(execute_model, _MARK, True)
+    return execute_model
