@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lynx.adapter import Adapter
+from lynx.adapters.sglang.adapter import SglangAdapter
 from lynx.adapters.transformers.adapter import TransformersAdapter
 from lynx.adapters.vllm.adapter import VllmAdapter
 from lynx.hookspecs import hookimpl
@@ -11,4 +12,4 @@ from lynx.hookspecs import hookimpl
 @hookimpl
 def lynx_adapters() -> list[Adapter]:
     """Return the built-in adapters."""
-    return [VllmAdapter(), TransformersAdapter()]
+    return [VllmAdapter(), SglangAdapter(), TransformersAdapter()]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 from lynx.adapter import Discovery, FoundLayer, Installation
+from lynx.adapters.serving import no_teacher_forcing
 from lynx.adapters.vllm import requests
 from lynx.adapters.vllm.hook import Hook, Shared, hooks
 from lynx.adapters.vllm.routers import RouterRules, find_rules, has_room, set_hook
 from lynx.config import Config
-from lynx.errors import AttachError, ConfigError
+from lynx.errors import ConfigError
 from lynx.selection import LayerSelection
 from lynx.strategy import LayerInfo
 
@@ -102,11 +103,7 @@ class VllmInstallation:
 
     def teacher_forced(self, prompt_columns: int) -> AbstractContextManager[None]:
         """Raise: an engine has no whole-sequence forward of this kind."""
-        return _no_teacher_forcing()
-
-
-def _no_teacher_forcing() -> NoReturn:
-    raise AttachError("teacher forcing needs a model of transformers; an engine of vLLM generates.")
+        no_teacher_forcing("vLLM")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

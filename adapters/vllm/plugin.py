@@ -5,19 +5,17 @@ Nothing is changed in an engine for which Lynx is not configured.
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
+from lynx.adapters.serving import log_when_served
 from lynx.adapters.vllm import metrics, requests
 from lynx.adapters.vllm.routers import make_room
 from lynx.attachment import attach
 from lynx.config import Config, load_config
 from lynx.errors import ConfigError, UnsupportedModelError
-from lynx.handle import Handle
-from lynx.log import logger
 
 OLDEST = (0, 30)
 _KEY = "lynx"  # in vLLM's additional_config
@@ -109,20 +107,7 @@ def _arm(model: Any, config: Config, engine: Any) -> None:
     unseen = metrics.export(handle)
     if unseen:
         say("Lynx's counters: %s", unseen)
-    atexit.register(_report, handle)
-
-
-def _report(handle: Handle) -> None:
-    """Log what selection did, at the end of the process."""
-    for phase, total in handle.report().total.items():
-        logger.info(
-            "lynx.served",
-            phase=phase,
-            steps=total.steps,
-            active_before=round(total.active_before, 2),
-            active_after=round(total.active_after, 2),
-            kept_mass_worst=total.kept_mass_worst,
-        )
+    log_when_served(handle)
 
 
 def _check_engine(engine: Any) -> None:

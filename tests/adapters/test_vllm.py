@@ -24,6 +24,7 @@ def vllm(monkeypatch):
     monkeypatch.delenv("LYNX_CONFIG", raising=False)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.setattr(metrics, "_exporters", [])
+    monkeypatch.setattr(plugin, "log_when_served", lambda handle: None)  # not when the tests end
     routers._subclass.cache_clear()
     stand_in = StandIn(monkeypatch)
     plugin.register()
@@ -172,6 +173,23 @@ def test_the_handle_pauses_replaces_and_detaches(vllm):
         assert torch.equal(*(ids for _, ids in route(layer, 4)))
     with pytest.raises(AttachError, match="teacher forcing"), lynx.attach(model, "exact").teacher_forced(0):
         pass
+
+
+def test_what_was_served_is_logged_at_the_end(vllm, monkeypatch, caplog):
+    from lynx.adapters import serving
+
+    at_exit = []
+    monkeypatch.setattr(serving.atexit, "register", lambda *given: at_exit.append(given))
+    vllm.config = engine(UNION)
+    model = vllm.load(SIZES)
+    layer = model["experts"][0]
+    serving.log_when_served(lynx.handle_of(model))
+    with vllm.step([0, 1, 2, 3, 4], [9, 9, 9, 9]):
+        route(layer, 4)
+    ((log, *given),) = at_exit
+    with caplog.at_level("INFO", "lynx"):
+        log(*given)
+    assert "lynx.served phase=decode steps=1" in caplog.text
 
 
 def test_slots_of_zero_experts_stay(vllm):

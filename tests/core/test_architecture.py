@@ -108,7 +108,7 @@ def test_who_imports_whom(module):
         assert not {name for name in of_lynx(names) if in_package(name, {"lynx.strategies", "lynx.adapters"})}
         if not in_package(module, ON_TOP) and module not in ("lynx", "lynx.__main__"):
             assert not {name for name in of_lynx(names) if in_package(name, ON_TOP)}
-            assert not outside(names) & {"transformers", "vllm", "triton"}
+            assert not outside(names) & {"transformers", "vllm", "sglang", "triton"}
 
 
 def test_the_registry_knows_the_rooms_as_strings():
