@@ -12,10 +12,11 @@ from torch import nn
 from lynx.adapter import Discovery, FoundLayer, Installation
 from lynx.adapters.serving import no_teacher_forcing
 from lynx.adapters.vllm import requests
-from lynx.adapters.vllm.hook import Hook, Shared, hooks
+from lynx.adapters.vllm.hook import Hook, Shared, hooks, retired
 from lynx.adapters.vllm.routers import RouterRules, find_rules, has_room, set_hook
 from lynx.config import Config
 from lynx.errors import ConfigError
+from lynx.routing import WeightRule
 from lynx.selection import LayerSelection
 from lynx.strategy import LayerInfo
 
@@ -36,12 +37,17 @@ class VllmAdapter:
         modules = list(_layers(model))
         layers = []
         for index, (name, layer) in enumerate(modules):
-            rules = _rules(layer)
-            router = layer.router
+            rules, refused = None, _refused(layer)
+            if not refused:
+                try:
+                    rules = _rules(layer)
+                except Exception as error:  # whatever a router of its own kind says to random logits
+                    refused = f"its router could not be asked ({type(error).__name__}: {error}); leave it out"
+            rule, notes = (rules.weights, rules.notes) if rules is not None else (WeightRule(repick=False), ())
             info = LayerInfo(
-                name, index, router.global_num_experts, router.top_k, rules.weights, _expert_bytes(layer), len(modules)
+                name, index, num_experts(layer), layer.router.top_k, rule, _expert_bytes(layer), len(modules)
             )
-            layers.append(FoundLayer(info, layer, rules.notes, _refused(layer)))
+            layers.append(FoundLayer(info, layer, notes, refused))
         return Discovery(self, tuple(layers), LOOKED_FOR, "vLLM's own")
 
     def prepare(
@@ -98,6 +104,7 @@ class VllmInstallation:
         for layer, _ in self._layers:
             set_hook(layer.router)
         for number in self._numbers:
+            retired.extend(filter(None, hooks[number : number + 1]))
             hooks[number] = None
         self._numbers.clear()
 
@@ -114,7 +121,13 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _rules(layer: Any) -> RouterRules:
-    return find_rules(layer.router, layer.moe_config.hidden_dim, _device(layer))
+    return find_rules(layer.router, num_experts(layer), layer.moe_config.hidden_dim, _device(layer))
+
+
+def num_experts(layer: Any) -> int:
+    """How many experts a layer's router chooses from: copies for load balancing not counted, zero experts counted."""
+    bias = getattr(layer.router, "e_score_correction_bias", None)
+    return int(len(bias) if bias is not None else layer.moe_config.num_logical_experts)
 
 
 def _device(layer: Any) -> torch.device:
@@ -135,6 +148,8 @@ def _refused(layer: Any) -> str:
             f"its experts run by {type(layer.routed_experts.quant_method).__name__}, whose kernel routes by itself; "
             "choose another one with --moe-backend (triton, for instance)"
         )
+    if getattr(layer.router, "bias_vl", None) is not None:
+        return "its router has a second bias for images; leave it out under `layers`"
     if getattr(layer.router, "_hash_indices_table", None) is not None:
         return "its experts are chosen by token id, not by a router; leave it out under `layers`"
     return ""

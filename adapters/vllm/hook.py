@@ -110,6 +110,9 @@ class Hook:
 hooks: list[Hook | None] = []
 """All hooks of this process, by the number that the op carries."""
 
+retired: list[Hook] = []
+"""Hooks that were taken out. Captured graphs may still read and write their tensors, which must not be freed."""
+
 
 @torch.library.custom_op("lynx::vllm_select", mutates_args=())
 def select(logits: Tensor, weights: Tensor, ids: Tensor, number: int) -> tuple[Tensor, Tensor]:

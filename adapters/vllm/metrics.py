@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 from lynx.handle import Handle
@@ -37,14 +37,8 @@ class Exporter:
     """
 
     def __init__(self, handle: Handle, seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
-        from prometheus_client import Gauge
-
         self._handle, self._seconds, self._clock, self._last = handle, seconds, clock, clock()
-        # ranks of tensor parallelism count the same: one of them is shown
-        self._gauges = {
-            name: Gauge(f"lynx_{name}", words, ["layer", "phase"], multiprocess_mode="livemax")
-            for name, words in _NAMES.items()
-        }
+        self._gauges = _gauges()
 
     def step(self) -> None:
         """Write, if it is time; called once per step."""
@@ -62,8 +56,22 @@ class Exporter:
         self._last = self._clock()
 
 
-def export(handle: Handle) -> str:
+@cache
+def _gauges() -> dict[str, Any]:
+    """The gauges, made once in a process."""
+    from prometheus_client import Gauge
+
+    # ranks of tensor parallelism count the same: one of them is shown
+    return {
+        name: Gauge(f"lynx_{name}", words, ["layer", "phase"], multiprocess_mode="livemax")
+        for name, words in _NAMES.items()
+    }
+
+
+def export(handle: Handle, engine: Any) -> str:
     """Export a handle's report from now on; return why not, in a few words, or nothing."""
+    if getattr(engine, "use_v2_model_runner", False):
+        return "not on /metrics under vLLM's second model runner (VLLM_USE_V2_MODEL_RUNNER=0 takes the first)"
     if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         return "set PROMETHEUS_MULTIPROC_DIR to an empty folder to have them on /metrics"
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -72,7 +80,7 @@ def export(handle: Handle) -> str:
     execute = GPUModelRunner.execute_model
     if not hasattr(execute, _MARK):
         GPUModelRunner.execute_model = _then_export(execute)
-    _exporters.append(exporter)
+    _exporters[:] = [exporter]  # of the model that was loaded last
     return ""
 
 

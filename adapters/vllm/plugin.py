@@ -5,6 +5,7 @@ Nothing is changed in an engine for which Lynx is not configured.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -12,8 +13,8 @@ from typing import Any
 
 from lynx.adapters.serving import log_when_served
 from lynx.adapters.vllm import metrics, requests
-from lynx.adapters.vllm.routers import make_room
-from lynx.attachment import attach
+from lynx.adapters.vllm.routers import make_room, see
+from lynx.attachment import attach, discover
 from lynx.config import Config, load_config
 from lynx.errors import ConfigError, UnsupportedModelError
 
@@ -24,9 +25,20 @@ _MARK = "_lynx"
 
 def register() -> None:
     """Entry point in the group ``vllm.general_plugins``; vLLM calls it in every process, and may more than once."""
-    from vllm.model_executor.layers.fused_moe import layer
-    from vllm.model_executor.layers.fused_moe.router import router_factory
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    try:
+        from vllm.model_executor.layers.fused_moe import layer
+        from vllm.model_executor.layers.fused_moe.router import router_factory
+        from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    except ImportError as error:
+        if os.environ.get("LYNX_CONFIG"):
+            import vllm
+
+            raise UnsupportedModelError(
+                f"Lynx is configured, but vLLM {vllm.__version__} is not one that it knows ({error}); "
+                f"install {'.'.join(map(str, OLDEST))} or later."
+            ) from error
+        logging.getLogger("vllm.lynx").warning("Lynx does not know this vLLM (%s) and will not be on", error)
+        return
 
     if not hasattr(router_factory.create_fused_moe_router, _MARK):
         factory = _with_room(router_factory.create_fused_moe_router)
@@ -82,18 +94,31 @@ def _then_attach(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
         model = load(self, vllm_config, model_config, *args, **kwargs)
         config = configuration(vllm_config.additional_config)
-        if config is not None and model_config is vllm_config.model_config:  # a draft model stays as it is
-            _arm(model, config, vllm_config)
+        if config is not None:
+            if not _is_draft(vllm_config, model_config):
+                _arm(model, config, vllm_config)
+            see(model)
         return model
 
     setattr(load_model, _MARK, True)
     return load_model
 
 
+def _is_draft(engine: Any, model_config: Any) -> bool:
+    """Whether a model is one that proposes tokens; such a model stays as it is."""
+    speculative = getattr(engine, "speculative_config", None)
+    proposes = speculative is not None and model_config is getattr(speculative, "draft_model_config", None)
+    return proposes or model_config is not engine.model_config
+
+
 def _arm(model: Any, config: Config, engine: Any) -> None:
     import vllm
     from vllm.logger import init_logger
 
+    events = logging.getLogger("lynx")
+    if all(isinstance(handler, logging.NullHandler) for handler in events.handlers):
+        events.handlers += logging.getLogger("vllm").handlers  # else nobody would hear of what is left exact
+        events.setLevel(logging.INFO)
     device = next(model.parameters()).device
     alike = requests.watch(model, engine, device)
     handle = attach(model, config)
@@ -102,9 +127,11 @@ def _arm(model: Any, config: Config, engine: Any) -> None:
     for name, reason in handle.in_torch.items():
         say("Lynx selects in torch, the first layer being %s: %s", name, reason)
         break
+    for note in dict.fromkeys(note for layer in discover(model).layers for note in layer.notes):
+        say("Lynx: %s", note)
     if alike:
         say("Lynx cannot leave single requests exact here: %s", alike)
-    unseen = metrics.export(handle)
+    unseen = metrics.export(handle, engine)
     if unseen:
         say("Lynx's counters: %s", unseen)
     log_when_served(handle)
@@ -132,8 +159,20 @@ def _check_engine(engine: Any) -> None:
             "with sequence-parallel MoE a rank's rows are not those of its requests; turn it off",
         ),
         (
-            getattr(parallel, "enable_dbo", False),
-            "with dual batch overlap the rows of a step are split; leave --enable-dbo out",
+            getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False),
+            "with micro-batches the rows of a step are split; leave --enable-dbo and --ubatch-size out",
+        ),
+        (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "with prefill context parallelism a rank sees the rows of others; leave it out",
+        ),
+        (
+            getattr(parallel, "pipeline_parallel_size", 1) > 1,
+            "with pipeline parallelism each stage would count its layers from 0; use tensor parallelism",
+        ),
+        (
+            getattr(engine.model_config, "enable_sleep_mode", False),
+            "what Lynx keeps on the device would be lost in sleep; leave --enable-sleep-mode out",
         ),
     ):
         if reason:

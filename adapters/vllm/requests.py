@@ -31,7 +31,7 @@ def watch(model: nn.Module, engine: Any, device: torch.device) -> str:
         Why requests cannot be told apart here, in a few words; empty if they can.
     """
     if getattr(engine, "use_v2_model_runner", False):
-        return "the second model runner of vLLM does not say which rows are whose"
+        return "Lynx does not know the rows of vLLM's second model runner (VLLM_USE_V2_MODEL_RUNNER=0 takes the first)"
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     prepare = getattr(GPUModelRunner, "_prepare_inputs", None)
@@ -61,12 +61,18 @@ def mark(mine: Tensor, requests: list[Any]) -> None:
     exact = [wants_exact(request) for request in requests]
     mine.zero_()
     if any(exact):
-        mine[: len(exact)] = torch.tensor(exact, device=mine.device)
+        given = torch.tensor(exact)
+        given = given.pin_memory() if mine.is_cuda else given  # else the copy would wait for the device
+        mine[: len(exact)].copy_(given, non_blocking=True)
 
 
 def wants_exact(request: Any) -> bool:
     """Whether a request's sampling parameters say ``extra_args={"lynx": "exact"}``; any other word is exact too."""
     word = (getattr(request.sampling_params, "extra_args", None) or {}).get(KEY)
-    if word not in (None, EXACT):
+    if word not in (None, EXACT) and str(word) not in _said:
+        _said.add(str(word))
         logger.warning("lynx.request_not_understood", lynx=word, known=EXACT)
     return word is not None
+
+
+_said: set[str] = set()

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lynx.adapters.rules import Answers, ChoiceRule, choice_rule, weight_rule
 from lynx.errors import UnsupportedModelError
@@ -36,7 +36,7 @@ def make_room(router: Any) -> None:
             f"({', '.join(ROUTING[1:])}): this vLLM is not known; the vLLM page of the docs lists the versions tried."
         )
     router.__class__ = _subclass(kind)
-    router.lynx_number = _NO_HOOK
+    router.lynx_number, router.lynx_seen = _NO_HOOK, False
 
 
 def has_room(router: Any) -> bool:
@@ -47,6 +47,25 @@ def has_room(router: Any) -> bool:
 def set_hook(router: Any, number: int = _NO_HOOK) -> None:
     """Set the number of a router's hook; without one the router is as vLLM made it."""
     router.lynx_number = number
+
+
+def see(model: nn.Module) -> None:
+    """Note of all routers of a model that it was seen when it had been loaded."""
+    for module in model.modules():
+        router: Any = getattr(module, "router", None)
+        if has_room(router):
+            router.lynx_seen = True
+
+
+def _check_seen(router: Any) -> None:
+    """Raise in the first step of a model that was loaded past Lynx: it would never select."""
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    if is_forward_context_available() and get_forward_context().attn_metadata is not None:
+        raise UnsupportedModelError(
+            "Lynx is configured, but this model was loaded in a way that it does not know; use another --load-format "
+            "(auto, for instance), or take the configuration of Lynx out."
+        )
 
 
 @cache
@@ -63,6 +82,8 @@ def _subclass(kind: type[Any]) -> type[Any]:
     ) -> tuple[Tensor, Tensor]:
         weights, ids = kind._compute_routing(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
         if self.lynx_number == _NO_HOOK:
+            if not self.lynx_seen:
+                _check_seen(self)
             return weights, ids
         selected: tuple[Tensor, Tensor] = torch.ops.lynx.vllm_select(router_logits, weights, ids, self.lynx_number)
         return selected
@@ -96,9 +117,16 @@ class RouterRules:
     notes: tuple[str, ...]
 
 
-def find_rules(router: Any, hidden_size: int, device: torch.device) -> RouterRules:
-    """Ask a router for its decision on random logits, and find the rules that give the same."""
-    E = router.global_num_experts
+def find_rules(router: Any, num_experts: int, hidden_size: int, device: torch.device) -> RouterRules:
+    """Ask a router for its decision on random logits, and find the rules that give the same.
+
+    Args:
+        router: With room for a hook, or not.
+        num_experts: ``E``, the width of its logits.
+        hidden_size: ``H``.
+        device: Where it routes.
+    """
+    E = num_experts
     generator = torch.Generator().manual_seed(0)
     # of standard deviation 2: wide enough to tell rules apart, narrow enough that no score saturates
     logits = (torch.randn(_ROWS, E, generator=generator) * 2).to(device)

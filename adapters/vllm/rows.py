@@ -48,7 +48,8 @@ def read_rows(
     if isinstance(metadata, list):
         return "micro-batches (DBO)"
     per_layer = metadata.values() if isinstance(metadata, dict) else [metadata]
-    known = next((m for m in per_layer if _tensors(m)), None)
+    # chunked local attention cuts its requests up: the one with the fewest has them whole
+    known = min((m for m in per_layer if _tensors(m)), key=lambda m: len(m.seq_lens), default=None)
     if known is None:
         kinds = ", ".join(sorted({type(m).__name__ for m in per_layer})) or "nothing"
         return f"attention metadata without query_start_loc and seq_lens ({kinds})"

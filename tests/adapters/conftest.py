@@ -1,5 +1,6 @@
 """One test per family where a test asks for `family`; the shared model of a family as `model`, left as it was found."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -27,3 +28,26 @@ def model(family):
     before = families.footprint(shared)
     yield shared
     assert families.footprint(shared) == before
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """Stand-ins for vLLM's modules, with Lynx's plugin loaded; Lynx's logging and counters as they were, afterwards."""
+    from vllm_stand_in import StandIn
+
+    from lynx.adapters.vllm import metrics, plugin, routers
+
+    events = logging.getLogger("lynx")
+    before = list(events.handlers), events.level
+    for name in ("LYNX_CONFIG", "PROMETHEUS_MULTIPROC_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(metrics, "_exporters", [])
+    monkeypatch.setattr(plugin, "log_when_served", lambda handle: None)  # not when the tests end
+    metrics._gauges.cache_clear()
+    routers._subclass.cache_clear()
+    stand_in = StandIn(monkeypatch)
+    plugin.register()
+    yield stand_in
+    metrics._gauges.cache_clear()
+    routers._subclass.cache_clear()
+    events.handlers, events.level = before

@@ -4,32 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm_stand_in import CUDAGraphMode, Router, StandIn, ZeroExpertRouter, engine
+from vllm_stand_in import CUDAGraphMode, Router, ZeroExpertRouter, engine, route
 
 import lynx
 from lynx.adapters.vllm import metrics, plugin, requests, routers
 from lynx.adapters.vllm.adapter import VllmAdapter
 from lynx.adapters.vllm.rows import Rows, read_rows
-from lynx.errors import AttachError, ConfigError, LynxError, UnsupportedModelError
+from lynx.errors import AttachError, ConfigError
 from lynx.routing import Phase, Role, WeightRule
 
 PADDING, EXACT, OPEN = int(Role.PADDING), int(Role.EXACT), int(Role.OPEN)
 PREFILL, DECODE = int(Phase.PREFILL), int(Phase.DECODE)
 UNION = {"lynx": {"strategy": {"name": "batch-union", "top": 1}}}
 SIZES = {"top_k": 4, "global_num_experts": 16}
-
-
-@pytest.fixture
-def vllm(monkeypatch):
-    monkeypatch.delenv("LYNX_CONFIG", raising=False)
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setattr(metrics, "_exporters", [])
-    monkeypatch.setattr(plugin, "log_when_served", lambda handle: None)  # not when the tests end
-    routers._subclass.cache_clear()
-    stand_in = StandIn(monkeypatch)
-    plugin.register()
-    yield stand_in
-    routers._subclass.cache_clear()
 
 
 def metadata(starts, lengths):
@@ -77,7 +64,7 @@ def test_rows_that_cannot_be_told(given, words):
     ids=["softmax", "raw", "bias", "groups"],
 )
 def test_rules_are_found_by_asking(options, rule):
-    found = routers.find_rules(Router(**SIZES, **options), 8, torch.device("cpu"))
+    found = routers.find_rules(Router(**SIZES, **options), 16, 8, torch.device("cpu"))
     assert found.weights == rule
     assert found.notes == ()
     assert (found.choice.groups, found.choice.kept_groups) == (options.get("groups", 1), options.get("kept", 1))
@@ -90,7 +77,7 @@ def test_an_unknown_rule_keeps_and_loses_only_own_experts():
             weights, ids = super()._compute_routing(*args, **named)
             return weights.square(), ids
 
-    found = routers.find_rules(Odd(**SIZES), 8, torch.device("cpu"))
+    found = routers.find_rules(Odd(**SIZES), 16, 8, torch.device("cpu"))
     assert not found.weights.repick
     assert "no known weight rule" in found.notes[0]
 
@@ -106,12 +93,6 @@ def test_registering_again_wraps_nothing_twice(vllm):
     before = vllm.layer.create_fused_moe_router
     plugin.register()
     assert vllm.layer.create_fused_moe_router is before is vllm.factory.create_fused_moe_router
-
-
-def route(layer, tokens, seed=0):
-    logits = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(seed))
-    own = Router._compute_routing(layer.router, torch.zeros(tokens, 8), logits, None)
-    return own, layer.router._compute_routing(torch.zeros(tokens, 8), logits, None)
 
 
 def test_decode_prunes_and_all_else_is_the_routers_own(vllm):
@@ -292,61 +273,6 @@ def test_configuration_may_be_a_mapping_or_a_file(vllm, tmp_path):
     assert plugin.configuration({}) is plugin.configuration(None) is None
     with pytest.raises(ConfigError, match=r"additional_config\['lynx'\] is a mapping or a path; got list"):
         plugin.configuration({"lynx": ["exact"]})
-
-
-def test_a_draft_model_stays_as_it_is(vllm):
-    vllm.config = engine(UNION)
-    vllm.config.model_config = object()
-    vllm.config.load = lambda: pytest.fail("attached") if vllm.said else torch.nn.Linear(1, 1)
-    vllm.loader.BaseModelLoader().load_model(vllm.config, object())
-    assert vllm.said == []
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda v: setattr(v.vllm, "__version__", "0.29.1"), "vLLM 0.29.1 is older than 0.30"),
-        (lambda v: setattr(v.envs, "VLLM_BATCH_INVARIANT", True), "VLLM_BATCH_INVARIANT"),
-        (lambda v: setattr(v.config.parallel_config, "data_parallel_size", 2), "data parallelism"),
-        (lambda v: setattr(v.config.parallel_config, "use_sequence_parallel_moe", True), "sequence-parallel"),
-        (lambda v: setattr(v.config.parallel_config, "enable_dbo", True), "--enable-dbo"),
-    ],
-)
-def test_what_an_engine_must_not_be(vllm, change, words):
-    vllm.config = engine(UNION)
-    change(vllm)
-    with pytest.raises(UnsupportedModelError, match=words):
-        vllm.load(SIZES)
-
-
-def test_kernels_that_route_by_themselves_are_refused(vllm):
-    vllm.config = engine(UNION)
-    with pytest.raises(LynxError, match=r"layer 'experts.0' cannot be taken: .* routes by itself; .*--moe-backend"):
-        vllm.load(SIZES, monolithic=True)
-    assert vllm.said == []
-
-
-def test_a_router_of_another_kind_is_refused(vllm):
-    class New(Router):
-        def _compute_routing(self, hidden_states, router_logits):
-            return None
-
-    with pytest.raises(UnsupportedModelError, match=r"New routes by _compute_routing\(hidden_states, router_logits\)"):
-        routers.make_room(New(**SIZES))
-
-
-def test_a_model_without_moe_layers_is_refused(vllm):
-    vllm.config = engine(UNION)
-    with pytest.raises(UnsupportedModelError, match="no adapter takes"):
-        vllm.load()
-
-
-def test_kernels_are_told_that_the_routing_is_not_one_they_know(vllm):
-    vllm.config = engine(UNION)
-    router = vllm.load(SIZES)["experts"][0].router
-    assert router.routing_method_type.name == "Custom"
-    assert router.supports_monolithic_kernels is False
-    assert isinstance(router, Router)
 
 
 def test_rows_are_read_once_per_step(vllm, monkeypatch):

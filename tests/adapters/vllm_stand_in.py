@@ -66,7 +66,8 @@ class Layer(nn.Module):
         super().__init__()
         self.router, self.is_monolithic = router, monolithic
         self.w13 = nn.Parameter(torch.zeros(router.global_num_experts, 4, 8))
-        self.moe_config = SimpleNamespace(hidden_dim=8, num_local_experts=router.global_num_experts)
+        E = router.global_num_experts
+        self.moe_config = SimpleNamespace(hidden_dim=8, num_local_experts=E, num_logical_experts=E)
         self.routed_experts = SimpleNamespace(quant_method=SimpleNamespace())
 
 
@@ -168,3 +169,10 @@ class StandIn:
         self.context = SimpleNamespace(attn_metadata=metadata, cudagraph_runtime_mode=mode, additional_kwargs={})
         yield self.context
         self.context = None
+
+
+def route(layer, tokens, seed=0):
+    """Route random tokens: the router's own decision, and the one that leaves it."""
+    logits = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(seed))
+    own = Router._compute_routing(layer.router, torch.zeros(tokens, 8), logits, None)
+    return own, layer.router._compute_routing(torch.zeros(tokens, 8), logits, None)
