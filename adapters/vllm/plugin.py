@@ -116,7 +116,7 @@ def _arm(model: Any, config: Config, engine: Any) -> None:
     from vllm.logger import init_logger
 
     events = logging.getLogger("lynx")
-    if all(isinstance(handler, logging.NullHandler) for handler in events.handlers):
+    if all(isinstance(handler, logging.NullHandler) for handler in [*events.handlers, *logging.getLogger().handlers]):
         events.handlers += logging.getLogger("vllm").handlers  # else nobody would hear of what is left exact
         events.setLevel(logging.INFO)
     device = next(model.parameters()).device

@@ -77,13 +77,14 @@ def test_requests_are_read_where_they_are_whole():
 
 
 def test_events_are_heard_where_vllm_logs(vllm, monkeypatch):
-    handler = logging.NullHandler()
-    handler.level = 5
-    monkeypatch.setattr(logging.getLogger("vllm"), "handlers", [handler])
+    mine, own = logging.NullHandler(), logging.StreamHandler()
+    monkeypatch.setattr(logging.getLogger("vllm"), "handlers", [mine])
     monkeypatch.setattr(logging.getLogger("lynx"), "handlers", [logging.NullHandler()])
     vllm.config = engine(UNION)
-    vllm.load(SIZES)
-    assert handler in logging.getLogger("lynx").handlers
+    for root, heard in ([own], False), ([], True):  # what the root logger hears is not said twice
+        monkeypatch.setattr(logging.getLogger(), "handlers", root)
+        vllm.load(SIZES)
+        assert (mine in logging.getLogger("lynx").handlers) == heard
 
 
 def test_what_was_taken_out_is_kept_for_captured_graphs(vllm):
