@@ -17,7 +17,9 @@ from lynx.routing import Score, WeightRule
 
 ChoiceScore = Score | Literal["logits"]
 
-_TOLERANCE = 2e-6  # relative, in float32; known rules agree to 2e-7, wrong ones miss by 1e-2 and more
+# Relative. Known rules agree to 2e-7 in float32, and to less where a kernel takes a rougher exponential.
+# Wrong ones miss by 1e-2 and more.
+_TOLERANCE = 1e-4
 _SCORES: tuple[Score, ...] = ("softmax", "sigmoid", "sqrt_softplus")
 
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from lynx.adapter import Discovery, FoundLayer, Installation
 from lynx.adapters.serving import no_teacher_forcing
-from lynx.adapters.vllm import requests
 from lynx.adapters.vllm.hook import Hook, Shared, hooks, retired
 from lynx.adapters.vllm.routers import RouterRules, find_rules, has_room, set_hook
+from lynx.adapters.vllm.runner import steps
 from lynx.config import Config
-from lynx.errors import ConfigError
+from lynx.errors import AttachError, ConfigError
 from lynx.routing import WeightRule
 from lynx.selection import LayerSelection
 from lynx.strategy import LayerInfo
@@ -61,16 +61,21 @@ class VllmAdapter:
 
         Raises:
             ConfigError: Lynx is asked to run the experts, which vLLM's own kernels do.
+            AttachError: This is not a whole model as vLLM loaded it.
         """
         if config.experts == "lynx":
             raise ConfigError("experts='lynx' cannot run inside vLLM, whose kernels run what is active; leave it out.")
-        shared = Shared(config.max_decode_q, requests.flags.get(model))
+        rows = steps.get(model)
+        if rows is None:
+            raise AttachError(f"this {type(model).__name__} is not a model as vLLM loaded it; attach to that one.")
+        shared = Shared(rows)
         found = []
         for layer, selection in selections:
             rules = _rules(layer.router)
             real = getattr(layer.router.router, "num_logical_experts", layer.info.num_experts)
-            found.append((layer.router, Hook(selection, rules.choice, rules.weights, rules.bias, real, shared)))
-        return VllmInstallation(found, shared)
+            router = layer.router.router
+            found.append((layer.router, Hook(selection, rules.choice, rules.weights, router, real, shared)))
+        return VllmInstallation(found, shared, config.max_decode_q)
 
 
 class VllmInstallation:
@@ -78,8 +83,8 @@ class VllmInstallation:
 
     experts = "model"
 
-    def __init__(self, layers: list[tuple[Any, Hook]], shared: Shared) -> None:
-        self._layers, self._shared = layers, shared
+    def __init__(self, layers: list[tuple[Any, Hook]], shared: Shared, max_decode_q: int) -> None:
+        self._layers, self._shared, self._max_decode_q = layers, shared, max_decode_q
         self._numbers: list[int] = []
 
     @property
@@ -93,6 +98,7 @@ class VllmInstallation:
 
     def start(self) -> None:
         """Give every router its hook."""
+        self._shared.rows.max_decode_q = self._max_decode_q
         for layer, hook in self._layers:
             hook.selection.place(_device(layer))
             self._numbers.append(len(hooks))

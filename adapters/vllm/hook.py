@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lynx.adapters.rules import ChoiceRule, choice_scores
-from lynx.adapters.vllm.rows import Rows, read_rows
+from lynx.adapters.vllm.rows import StepRows
 from lynx.log import logger
-from lynx.routing import Routing, WeightRule
+from lynx.routing import Phase, Routing, WeightRule
 from lynx.selection import LayerSelection
-
-_KEY = "lynx_rows"  # in a step's context: all layers share what was read of it
 
 
 @dataclass(slots=True)
@@ -22,16 +20,14 @@ class Shared:
     """What the hooks of one model share.
 
     Attributes:
-        max_decode_q: Longest query that counts as decode.
-        exact: Bool, one for each request of a step: those that asked for exact routing; None if nothing tells.
+        rows: What the rows of the step under way may do.
         paused: Let the model's own routing through.
-        left: Reasons for which steps were left alone, each said once.
+        said: Whether it was said that a step was left alone.
     """
 
-    max_decode_q: int
-    exact: Tensor | None = None
+    rows: StepRows
     paused: bool = False
-    left: set[str] = field(default_factory=set)
+    said: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +38,8 @@ class Hook:
         selection: The layer's selection.
         choice: What the router ranks experts by.
         rule: How it weighs them.
-        bias: What it adds to scores for the choice, ``(E,)``, or None.
+        router: The router; what it adds to scores for the choice is read from it each time, as weights may be loaded
+            anew.
         real: How many of the experts are ones to run. What the router gives to experts behind them (zero experts) it
             has turned into slots of weight 0, which stay as they are.
         shared: What all layers share.
@@ -51,18 +48,22 @@ class Hook:
     selection: LayerSelection
     choice: ChoiceRule
     rule: WeightRule
-    bias: Tensor | None
+    router: Any
     real: int
     shared: Shared
 
     def __call__(self, logits: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights and ids ``(T, k)`` after selection; the given ones where the step is to be left alone."""
-        rows = None if self.shared.paused else self._rows(logits.shape[0], ids.device)
+        from vllm.forward_context import is_forward_context_available
+
+        rows = None if self.shared.paused or not is_forward_context_available() else self._rows(logits.shape[0])
         if rows is None:
             return weights, ids
-        values = logits.float()
-        choice = choice_scores(self.choice, values, self.bias)
-        given = ids
+        role, phase = rows
+        values, given = logits.float(), ids
+        nothing_open = self._nothing_open()
+        bias = self.router.e_score_correction_bias if self.choice.bias else None
+        choice = values if nothing_open else choice_scores(self.choice, values, bias)
         if self.real < choice.shape[-1]:
             choice = choice.index_fill(-1, torch.arange(self.real, choice.shape[-1], device=ids.device), -torch.inf)
             given = ids.masked_fill(weights == 0, -1)
@@ -71,40 +72,34 @@ class Hook:
             logits=values,
             ids=given,
             weights=weights,
-            role=torch.where((ids < 0).all(-1), 0, rows.role),  # rows that vLLM has marked as padding itself
-            phase=rows.phase,
+            role=torch.where((ids < 0).all(-1), 0, role),  # rows that vLLM has marked as padding itself
+            phase=phase,
             rule=self.rule,
         )
+        if nothing_open:
+            self.selection.observe(routing)
+            return weights, ids
         result = self.selection(routing)
         return result.weights, result.ids if given is ids else torch.where(given < 0, ids, result.ids)
 
-    def _rows(self, tokens: int, device: torch.device) -> Rows | None:
+    def _nothing_open(self) -> bool:
+        """Whether the host knows that the strategy has nothing to decide, so that a long prefill costs little.
+
+        Not while a graph is captured, which will serve other steps.
+        """
         from vllm.config import CUDAGraphMode
-        from vllm.forward_context import get_forward_context, is_forward_context_available
+        from vllm.forward_context import get_forward_context
 
-        if not is_forward_context_available():
-            return None
-        context: Any = get_forward_context()
-        # A graph of a part of the model serves every phase of its size, and what is decided here is decided for good.
-        if context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
-            self._leave("steps that run as piecewise CUDA graphs")
-            return None
-        found = context.additional_kwargs.get(_KEY)
-        if found is None or found[0] != tokens:
-            shared = self.shared
-            found = (tokens, read_rows(context.attn_metadata, tokens, device, shared.max_decode_q, shared.exact))
-            context.additional_kwargs[_KEY] = found
-        rows = found[1]
-        if isinstance(rows, Rows):
-            return rows
-        if context.attn_metadata is not None:  # there is none while memory is measured
-            self._leave(rows)
-        return None
+        if self.shared.rows.deciding or Phase.PREFILL not in self.selection.exact_phases:
+            return False
+        return bool(get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.NONE)
 
-    def _leave(self, reason: str) -> None:
-        if reason not in self.shared.left:
-            self.shared.left.add(reason)
-            logger.warning("lynx.steps_left_exact", reason=reason)
+    def _rows(self, tokens: int) -> tuple[Tensor, Tensor] | None:
+        rows = self.shared.rows.read(tokens)
+        if rows is None and not self.shared.said:
+            self.shared.said = True
+            logger.warning("lynx.steps_left_exact", reason=f"a step of {tokens} rows, more than vLLM said there are")
+        return rows
 
 
 hooks: list[Hook | None] = []

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
+from lynx.adapters.vllm.runner import runner_class
 from lynx.handle import Handle
 
 SECONDS = 10.0  # counters are read this often: each time waits for the device once
@@ -70,17 +71,12 @@ def _gauges() -> dict[str, Any]:
 
 def export(handle: Handle, engine: Any) -> str:
     """Export a handle's report from now on; return why not, in a few words, or nothing."""
-    if getattr(engine, "use_v2_model_runner", False):
-        return "not on /metrics under vLLM's second model runner (VLLM_USE_V2_MODEL_RUNNER=0 takes the first)"
     if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         return "set PROMETHEUS_MULTIPROC_DIR to an empty folder to have them on /metrics"
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    exporter = Exporter(handle)
-    execute = GPUModelRunner.execute_model
-    if not hasattr(execute, _MARK):
-        GPUModelRunner.execute_model = _then_export(execute)
-    _exporters[:] = [exporter]  # of the model that was loaded last
+    runner = runner_class(engine)
+    if not hasattr(runner.execute_model, _MARK):
+        runner.execute_model = _then_export(runner.execute_model)
+    _exporters[:] = [Exporter(handle)]  # of the model that was loaded last
     return ""
 
 

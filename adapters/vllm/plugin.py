@@ -12,7 +12,7 @@ from functools import wraps
 from typing import Any
 
 from lynx.adapters.serving import log_when_served
-from lynx.adapters.vllm import metrics, requests
+from lynx.adapters.vllm import metrics, runner
 from lynx.adapters.vllm.routers import make_room, see
 from lynx.attachment import attach, discover
 from lynx.config import Config, load_config
@@ -119,8 +119,7 @@ def _arm(model: Any, config: Config, engine: Any) -> None:
     if all(isinstance(handler, logging.NullHandler) for handler in [*events.handlers, *logging.getLogger().handlers]):
         events.handlers += logging.getLogger("vllm").handlers  # else nobody would hear of what is left exact
         events.setLevel(logging.INFO)
-    device = next(model.parameters()).device
-    alike = requests.watch(model, engine, device)
+    runner.watch(model, engine, next(model.parameters()).device)
     handle = attach(model, config)
     say = init_logger("vllm.lynx").info
     say("Lynx is armed: %d MoE layers, strategy %s, vLLM %s", handle.layers, config.strategy.name, vllm.__version__)
@@ -129,8 +128,6 @@ def _arm(model: Any, config: Config, engine: Any) -> None:
         break
     for note in dict.fromkeys(note for layer in discover(model).layers for note in layer.notes):
         say("Lynx: %s", note)
-    if alike:
-        say("Lynx cannot leave single requests exact here: %s", alike)
     unseen = metrics.export(handle, engine)
     if unseen:
         say("Lynx's counters: %s", unseen)
@@ -141,11 +138,16 @@ def _check_engine(engine: Any) -> None:
     """Refuse what would be wrong or do nothing, before any weight is loaded."""
     import vllm
     from vllm import envs
+    from vllm.platforms import current_platform
 
     parallel = engine.parallel_config
     version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
     for reason, what in (
         (version < OLDEST, f"vLLM {vllm.__version__} is older than {'.'.join(map(str, OLDEST))}; install a newer one"),
+        (
+            current_platform.is_out_of_tree(),
+            "this platform is not one of vLLM's own, and how it prepares a step is not known; do not configure Lynx",
+        ),
         (
             getattr(envs, "VLLM_BATCH_INVARIANT", False),
             "VLLM_BATCH_INVARIANT asks that a request does not depend on its batch, and under Lynx it does; unset one",

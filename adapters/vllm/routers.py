@@ -107,13 +107,11 @@ class RouterRules:
     Attributes:
         choice: What it ranks experts by.
         weights: How it weighs them; ``repick`` is False where no known rule fits.
-        bias: What it adds to scores for the choice, ``(E,)`` float32, or None.
         notes: What a user should know.
     """
 
     choice: ChoiceRule
     weights: WeightRule
-    bias: Tensor | None
     notes: tuple[str, ...]
 
 
@@ -138,7 +136,7 @@ def find_rules(router: Any, num_experts: int, hidden_size: int, device: torch.de
     k = min(router.top_k, ids.shape[1])  # fused shared experts have slots of their own behind
     found = Answers(logits, weights[:, :k].float(), ids[:, :k].long(), bias)
     if not bool(((found.ids >= 0) & (found.ids < E)).all()):
-        return RouterRules(ChoiceRule(), WeightRule(renormalise=False, repick=False), None, ("it gives out other ids",))
+        return RouterRules(ChoiceRule(), WeightRule(renormalise=False, repick=False), ("it gives out other ids",))
     rule = weight_rule(found)
     groups, kept = (int(getattr(router, name, None) or 1) for name in ("num_expert_group", "topk_group"))
     name = None if bias is None else "e_score_correction_bias"
@@ -151,6 +149,5 @@ def find_rules(router: Any, num_experts: int, hidden_size: int, device: torch.de
     return RouterRules(
         choice=choice or ChoiceRule(),
         weights=replace(rule or WeightRule(renormalise=False), repick=not notes),
-        bias=bias if choice is not None and choice.bias else None,
         notes=tuple(notes),
     )

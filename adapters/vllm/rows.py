@@ -1,71 +1,72 @@
-"""What the rows of a step may do, from vLLM's own description of it."""
+"""What the rows of the step under way may do: written by the host before the step, read on the device by every hook."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lynx.adapters.vllm.requests import ExactRequests
 from lynx.routing import Phase, Role
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of one step.
+class Requests:
+    """The requests of a step, in the order of their rows.
 
     Attributes:
-        role: ``(T,)`` int8: PADDING, EXACT where a request asked for it, else OPEN; the core turns more rows EXACT.
-        phase: ``(T,)`` int8.
+        scheduled: Tokens of each in this step, ``(R,)``.
+        computed: Tokens of each that are in the cache, ``(R,)``; what was drafted may be counted too.
+        prompt: Tokens that each came with, ``(R,)``.
+        exact: Whether each asked for exact routing, ``(R,)`` bool.
     """
 
-    role: Tensor
-    phase: Tensor
+    scheduled: Any
+    computed: Any
+    prompt: Any
+    exact: Any
 
 
-def read_rows(
-    metadata: Any, tokens: int, device: torch.device, max_decode_q: int = 1, exact: Tensor | None = None
-) -> Rows | str:
-    """Work out roles and phases of a step; no wait for the device.
+class StepRows:
+    """Role and phase of every row of a model's step.
 
-    A request is in decode if it has no more than ``max_decode_q`` tokens here and some in the cache. So is the last
-    part of a prompt that was split, if it is that short: nothing tells the two apart. Rows behind the last request are
-    padding.
+    A request is in decode if its prompt is behind it and no more than ``max_decode_q`` tokens of it are here.
 
     Args:
-        metadata: ``attn_metadata`` of vLLM's forward context: by layer, or a list of such (micro-batches).
-        tokens: ``T``, padding included.
-        device: Where the rows are.
+        width: Most rows of a step.
+        device: Where the model runs.
+
+    Attributes:
         max_decode_q: Longest query that counts as decode.
-        exact: Bool, one for each request: those that asked for exact routing.
-
-    Returns:
-        The rows; or in a few words why they cannot be told, in which case the step must be left alone.
+        kinds: ``(2, width)`` int8, roles and phases. Captured graphs read it, so that it is written and never replaced.
+            Rows of no request are padding, and so is all that vLLM runs before its first step.
+        deciding: Whether a row is in decode, as the host knows; True until a step was written.
+        exact: The requests that ask for exact routing.
     """
-    if metadata is None:
-        return "a step without requests"
-    if isinstance(metadata, list):
-        return "micro-batches (DBO)"
-    per_layer = metadata.values() if isinstance(metadata, dict) else [metadata]
-    # chunked local attention cuts its requests up: the one with the fewest has them whole
-    known = min((m for m in per_layer if _tensors(m)), key=lambda m: len(m.seq_lens), default=None)
-    if known is None:
-        kinds = ", ".join(sorted({type(m).__name__ for m in per_layer})) or "nothing"
-        return f"attention metadata without query_start_loc and seq_lens ({kinds})"
-    starts, lengths = known.query_start_loc.to(device), known.seq_lens.to(device)
-    row = torch.arange(tokens, device=device, dtype=starts.dtype)
-    query = starts.diff()
-    decoding = (query <= max_decode_q) & (lengths[: len(query)] > query)
-    request = torch.searchsorted(starts[1:].contiguous(), row, right=True).clamp_max(len(query) - 1)
-    role = torch.full((tokens,), int(Role.OPEN), dtype=torch.int8, device=device)
-    if exact is not None:
-        role = role.masked_fill(exact[request], int(Role.EXACT))
-    role = role.masked_fill(row >= starts[-1], int(Role.PADDING))
-    phase = torch.where(decoding[request], int(Phase.DECODE), int(Phase.PREFILL)).to(torch.int8)
-    return Rows(role, phase)
 
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.max_decode_q = 1
+        self.kinds = torch.zeros((2, width), dtype=torch.int8, device=device)
+        self.deciding = True
+        self.exact = ExactRequests()
 
-def _tensors(metadata: Any) -> bool:
-    both = (getattr(metadata, "query_start_loc", None), getattr(metadata, "seq_lens", None))
-    return all(isinstance(each, Tensor) and each.ndim == 1 and len(each) for each in both)
+    def write(self, requests: Requests) -> None:
+        """Write the step that comes next; does not wait for the device."""
+        kinds = np.zeros(tuple(self.kinds.shape), dtype=np.int8)
+        decode = (requests.scheduled <= self.max_decode_q) & (requests.computed >= requests.prompt)
+        roles = np.where(requests.exact, int(Role.EXACT), int(Role.OPEN))
+        phases = np.where(decode, int(Phase.DECODE), int(Phase.PREFILL))
+        rows = min(int(np.sum(requests.scheduled)), kinds.shape[1])
+        kinds[0, :rows] = np.repeat(roles, requests.scheduled)[:rows]
+        kinds[1, :rows] = np.repeat(phases, requests.scheduled)[:rows]
+        self.deciding = bool((decode & ~requests.exact).any())
+        given = torch.from_numpy(kinds)
+        # memory that is not pinned would make the copy wait for the device
+        self.kinds.copy_(given.pin_memory() if self.kinds.is_cuda else given, non_blocking=True)
+
+    def read(self, rows: int) -> tuple[Tensor, Tensor] | None:
+        """Roles and phases of the first ``rows`` rows, ``(T,)`` each; None for more than there can be."""
+        return (self.kinds[0, :rows], self.kinds[1, :rows]) if rows <= self.kinds.shape[1] else None

@@ -9,11 +9,8 @@ from vllm_stand_in import Router, engine, route
 
 import lynx
 from lynx.adapters.vllm import hook, routers
-from lynx.adapters.vllm.rows import read_rows
-from lynx.errors import LynxError, UnsupportedModelError
-from lynx.routing import Phase
+from lynx.errors import AttachError, LynxError, UnsupportedModelError
 
-PREFILL, DECODE = int(Phase.PREFILL), int(Phase.DECODE)
 UNION = {"lynx": {"strategy": {"name": "batch-union", "top": 1}}}
 SIZES = {"top_k": 4, "global_num_experts": 16}
 
@@ -42,7 +39,8 @@ def test_a_model_that_was_loaded_past_lynx_is_told(vllm):
     router = vllm.layer.create_fused_moe_router(**SIZES)
     logits = torch.randn(4, 16)
     router._compute_routing(None, logits, None)  # while memory is measured
-    with vllm.step([0, 1, 2, 3, 4], [9, 9, 9, 9]), pytest.raises(UnsupportedModelError, match="--load-format"):
+    vllm.context = SimpleNamespace(attn_metadata={})
+    with pytest.raises(UnsupportedModelError, match="--load-format"):
         router._compute_routing(None, logits, None)
 
 
@@ -55,25 +53,6 @@ def test_routers_that_cannot_be_asked_are_refused_by_name(vllm):
     vllm.config = engine(UNION)
     with pytest.raises(UnsupportedModelError, match=r"layer 'experts.0' cannot be taken: .*could not be asked"):
         vllm.load(SIZES | {"kind": Hashed})
-
-
-def test_metadata_of_other_kinds_leaves_the_step_and_says_so(vllm, caplog):
-    """As MLA's and FlashInfer's: without the one tensor or the other."""
-    vllm.config = engine(UNION)
-    layer = vllm.load(SIZES)["experts"][0]
-    with vllm.step([0, 1, 2, 3, 4], [9, 9, 9, 9]) as context:
-        del context.attn_metadata["attention"].seq_lens
-        (_, ids), (_, new_ids) = route(layer, 4)
-    assert torch.equal(new_ids, ids)
-    assert "attention metadata without query_start_loc and seq_lens (SimpleNamespace)" in caplog.text
-
-
-def test_requests_are_read_where_they_are_whole():
-    """Chunked local attention cuts the second request in two."""
-    cut = SimpleNamespace(query_start_loc=torch.tensor([0, 1, 2, 3]), seq_lens=torch.tensor([9, 1, 1]))
-    whole = SimpleNamespace(query_start_loc=torch.tensor([0, 1, 3]), seq_lens=torch.tensor([9, 2]))
-    rows = read_rows({"a": cut, "b": whole}, 3, torch.device("cpu"))
-    assert rows.phase.tolist() == [DECODE, PREFILL, PREFILL]
 
 
 def test_events_are_heard_where_vllm_logs(vllm, monkeypatch):
@@ -99,6 +78,7 @@ def test_what_was_taken_out_is_kept_for_captured_graphs(vllm):
     ("change", "words"),
     [
         (lambda v: setattr(v.vllm, "__version__", "0.29.1"), "vLLM 0.29.1 is older than 0.30"),
+        (lambda v: setattr(v.platform, "is_out_of_tree", lambda: True), "platform"),
         (lambda v: setattr(v.envs, "VLLM_BATCH_INVARIANT", True), "VLLM_BATCH_INVARIANT"),
         (lambda v: setattr(v.config.parallel_config, "data_parallel_size", 2), "data parallelism"),
         (lambda v: setattr(v.config.parallel_config, "use_sequence_parallel_moe", True), "sequence-parallel"),
@@ -120,6 +100,22 @@ def test_kernels_that_route_by_themselves_are_refused(vllm):
     with pytest.raises(LynxError, match=r"layer 'experts.0' cannot be taken: .* routes by itself; .*--moe-backend"):
         vllm.load(SIZES, monolithic=True)
     assert vllm.said == []
+
+
+@pytest.mark.parametrize(("second", "name"), [(False, "_prepare_inputs"), (True, "prepare_inputs")])
+def test_a_runner_of_another_kind_is_refused(vllm, second, name):
+    vllm.config = engine(UNION)
+    vllm.config.use_v2_model_runner = second
+    delattr(vllm.modules[second].GPUModelRunner, name)
+    with pytest.raises(UnsupportedModelError, match=rf"no {name}\(\)"):
+        vllm.load(SIZES)
+
+
+def test_a_part_of_a_model_cannot_be_attached(vllm):
+    vllm.config = engine(UNION)
+    model = vllm.load(SIZES)
+    with pytest.raises(AttachError, match="not a model as vLLM loaded it"):
+        lynx.attach(model["experts"], "exact")
 
 
 def test_a_router_of_another_kind_is_refused(vllm):

@@ -1,10 +1,12 @@
 """Stand-ins for the parts of vLLM that the adapter touches; real engines are in tests/vllm."""
 
 import enum
+import itertools
 import sys
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -77,7 +79,7 @@ def engine(additional=None, **parallel):
         additional_config=additional or {},
         model_config=SimpleNamespace(),
         parallel_config=SimpleNamespace(data_parallel_size=1, **parallel),
-        scheduler_config=SimpleNamespace(max_num_seqs=16),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=32),
         use_v2_model_runner=False,
     )
 
@@ -104,8 +106,8 @@ class StandIn:
             def load_model(self, vllm_config, model_config, prefix=""):
                 return vllm_config.load().eval()
 
-        class GPUModelRunner:
-            def _prepare_inputs(self, *args):
+        class FirstRunner:
+            def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
                 return "prepared"
 
             def execute_model(self):
@@ -113,6 +115,12 @@ class StandIn:
 
             def get_model(self):
                 return self.model
+
+        class SecondRunner:
+            def prepare_inputs(self, scheduler_output, batch_req_state, batch_desc):
+                return self.batch
+
+            execute_model, get_model = FirstRunner.execute_model, FirstRunner.get_model
 
         self.gauges = gauges = {}
 
@@ -131,6 +139,8 @@ class StandIn:
             get_forward_context=lambda: self.context,
             is_forward_context_available=lambda: self.context is not None,
         )
+        self.platform = SimpleNamespace(is_out_of_tree=lambda: False)
+        make("vllm.platforms", current_platform=self.platform)
         self.envs = make("vllm.envs", VLLM_BATCH_INVARIANT=False)
         logger = SimpleNamespace(info=lambda words, *values: self.said.append(words % values))
         make("vllm.logger", init_logger=lambda name: logger)
@@ -142,6 +152,7 @@ class StandIn:
             "vllm.model_executor.model_loader",
             "vllm.v1",
             "vllm.v1.worker",
+            "vllm.v1.worker.gpu",
         ):
             make(name)
         moe = "vllm.model_executor.layers.fused_moe"
@@ -149,7 +160,10 @@ class StandIn:
         self.factory = make(f"{moe}.router.router_factory", create_fused_moe_router=create_fused_moe_router)
         self.layer = make(f"{moe}.layer", create_fused_moe_router=create_fused_moe_router)
         self.loader = make("vllm.model_executor.model_loader.base_loader", BaseModelLoader=BaseModelLoader)
-        self.runner = make("vllm.v1.worker.gpu_model_runner", GPUModelRunner=GPUModelRunner).GPUModelRunner
+        first = make("vllm.v1.worker.gpu_model_runner", GPUModelRunner=FirstRunner)
+        second = make("vllm.v1.worker.gpu.model_runner", GPUModelRunner=SecondRunner)
+        self.modules = {False: first, True: second}
+        self.runner = None
 
     def load(self, *routers, monolithic=False):
         """Make a model through the wrapped factory and the wrapped loader."""
@@ -160,15 +174,53 @@ class StandIn:
             return nn.ModuleDict({"head": nn.Linear(1, 1), "experts": layers})
 
         self.config.load = build
-        return self.loader.BaseModelLoader().load_model(self.config, self.config.model_config)
+        self.runner = self.modules[self.config.use_v2_model_runner].GPUModelRunner()
+        self.runner.model = self.loader.BaseModelLoader().load_model(self.config, self.config.model_config)
+        return self.runner.model
 
     @contextmanager
-    def step(self, starts, lengths, mode=CUDAGraphMode.NONE):
-        """A forward under way."""
-        metadata = {"attention": SimpleNamespace(query_start_loc=torch.tensor(starts), seq_lens=torch.tensor(lengths))}
-        self.context = SimpleNamespace(attn_metadata=metadata, cudagraph_runtime_mode=mode, additional_kwargs={})
-        yield self.context
+    def step(self, starts, lengths, mode=CUDAGraphMode.NONE, wishes=(), **more):
+        """Prepare a step and be in its forward.
+
+        A request whose query is as long as all of it, or is more than a token, is at its prompt. `wishes` are extra
+        arguments that the first requests came with.
+        """
+        query = [end - start for start, end in itertools.pairwise(starts)]
+        given = [*zip(query, lengths, strict=True)]
+        prompts = [length if new == length or new > 1 else 1 for new, length in given]
+        self.prepare(query, [length - new for new, length in given], prompts, wishes, **more)
+        self.context = SimpleNamespace(attn_metadata={}, cudagraph_runtime_mode=mode)
+        yield
         self.context = None
+
+    def prepare(self, query, computed, prompts, wishes=(), drafts=()):
+        """Have the runner prepare a step, and return what it returns."""
+        names = [f"request {n}" for n in range(len(query))]
+        new = [
+            SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args=wish))
+            for name, wish in zip(names, wishes, strict=False)
+        ]
+        step = SimpleNamespace(
+            scheduled_new_reqs=new,
+            num_scheduled_tokens=dict(zip(names, query, strict=True)),
+            scheduled_spec_decode_tokens=drafts,
+        )
+        query, computed, prompts = np.array(query), np.array(computed), np.array(prompts)
+        if self.config.use_v2_model_runner:
+            self.runner.req_states = SimpleNamespace(req_id_to_index=dict.fromkeys(names))
+            self.runner.batch = SimpleNamespace(
+                req_ids=names, num_scheduled_tokens=query, num_computed_tokens_np=computed, prefill_len_np=prompts
+            )
+            return self.runner.prepare_inputs(step, None, batch_desc=None)
+        self.runner.requests = dict.fromkeys(names)
+        room = np.zeros(3, dtype=int)  # the arrays are longer than the batch
+        self.runner.input_batch = SimpleNamespace(
+            req_ids=names,
+            num_reqs=len(names),
+            num_computed_tokens_cpu=np.concatenate([computed, room]),
+            num_prompt_tokens=np.concatenate([prompts, room]),
+        )
+        return self.runner._prepare_inputs(step, query)
 
 
 def route(layer, tokens, seed=0):

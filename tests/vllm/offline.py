@@ -8,8 +8,16 @@ import os
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # vLLM's second runner launches kernels of Triton. They are interpreted, which needs no backend, but vLLM looks for
+    # one for CPUs.
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 
 from reference import EOS, problems
 from vllm import LLM, SamplingParams
@@ -90,20 +98,20 @@ class Watcher:
 def rows_of_exact_requests(model):
     """Spy on the hooks: for every step, whether rows of exact requests left with the router's own decision."""
     from lynx.adapters.vllm import hook as room
-    from lynx.adapters.vllm.requests import flags
+    from lynx.adapters.vllm.runner import steps
+    from lynx.routing import Phase, Role
 
     seen = {"same": 0, "changed": 0, "others_changed": 0}
     plain = room.Hook.__call__
 
     def call(self, logits, weights, ids):
         new_weights, new_ids = plain(self, logits, weights, ids)
-        metadata = get_forward_context().attn_metadata
-        if isinstance(metadata, dict) and next(iter(metadata.values())).max_query_len == 1:
-            exact = flags[model][: len(ids)]
-            changed = ((new_ids != ids) | (new_weights != weights)).any(-1)
-            seen["same"] += int((exact & ~changed).sum())
-            seen["changed"] += int((exact & changed).sum())
-            seen["others_changed"] += int((~exact & changed).sum())
+        role, phase = steps[model].kinds[:, : len(ids)]
+        decode, exact = phase == int(Phase.DECODE), role == int(Role.EXACT)
+        changed = ((new_ids != ids) | (new_weights != weights)).any(-1)
+        seen["same"] += int((decode & exact & ~changed).sum())
+        seen["changed"] += int((exact & changed).sum())
+        seen["others_changed"] += int((decode & ~exact & changed).sum())
         return new_weights, new_ids
 
     room.Hook.__call__ = call

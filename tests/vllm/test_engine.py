@@ -84,6 +84,23 @@ def test_compiled(offline, stock):
     assert pruned["tokens"] != stock
 
 
+def test_second_model_runner(offline):
+    """The one that vLLM takes by itself for many models on GPUs; here its kernels are interpreted."""
+    second = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+    alone, _ = offline(environment=second)
+    chosen = [SETTINGS[0], SETTINGS[-1]]
+    result, log = offline(lynx=EXACT, environment=second, strategies=chosen, exact_rows=EXACT_ROWS)
+    assert log.count("Lynx is armed: 4 MoE layers, strategy exact") == 1
+    assert "Using V2 Model Runner" in log
+    assert result["tokens"] == result["stock"] == alone["tokens"]
+    union = result["outcomes"][json.dumps(SETTINGS[-1])]
+    assert union["active"] < 0.6 * result["stock_active"]
+    assert union["prefill_as_first"]
+    seen = result["exact_rows"]
+    assert (seen["same"] > 0, seen["changed"], seen["others_changed"] > 0) == (True, 0, True)
+    assert all(result["mixed"][row] == alone["tokens"][row] for row in EXACT_ROWS)
+
+
 def test_subprocess_workers_configured_by_the_environment(offline, stock, tmp_path):
     """The engine core and its worker are processes of their own, and LYNX_CONFIG is all that they are told."""
     file = tmp_path / "lynx.yaml"
