@@ -11,9 +11,10 @@ from torch import nn
 
 from lynx.adapter import Discovery, FoundLayer, Installation
 from lynx.adapters.serving import no_teacher_forcing
-from lynx.adapters.vllm.hook import Hook, Shared, hooks, retired
+from lynx.adapters.vllm.hook import Hook, hooks, retired
 from lynx.adapters.vllm.routers import RouterRules, find_rules, has_room, set_hook
-from lynx.adapters.vllm.runner import steps
+from lynx.adapters.vllm.rows import StepRows
+from lynx.adapters.vllm.runner import Watched, watched
 from lynx.config import Config
 from lynx.errors import AttachError, ConfigError
 from lynx.routing import WeightRule
@@ -44,9 +45,8 @@ class VllmAdapter:
                 except Exception as error:  # whatever a router of its own kind says to random logits
                     refused = f"its router could not be asked ({type(error).__name__}: {error}); leave it out"
             rule, notes = (rules.weights, rules.notes) if rules is not None else (WeightRule(repick=False), ())
-            info = LayerInfo(
-                name, index, num_experts(layer), layer.router.top_k, rule, _expert_bytes(layer), len(modules)
-            )
+            experts, size = (num_experts(layer), _expert_bytes(layer)) if hasattr(layer, "moe_config") else (0, 0)
+            info = LayerInfo(name, index, experts, layer.router.top_k, rule, size, len(modules))
             layers.append(FoundLayer(info, layer, notes, refused))
         return Discovery(self, tuple(layers), LOOKED_FOR, "vLLM's own")
 
@@ -65,17 +65,22 @@ class VllmAdapter:
         """
         if config.experts == "lynx":
             raise ConfigError("experts='lynx' cannot run inside vLLM, whose kernels run what is active; leave it out.")
-        rows = steps.get(model)
-        if rows is None:
+        mine = watched.get(model)
+        if mine is None:
             raise AttachError(f"this {type(model).__name__} is not a model as vLLM loaded it; attach to that one.")
-        shared = Shared(rows)
+        if mine.captured:
+            raise AttachError(
+                "this engine has captured CUDA graphs, which go on calling what was attached when it started; start it "
+                "with this strategy in its configuration, or with --enforce-eager."
+            )
+        rows = StepRows(mine.width, mine.device, config.max_decode_q)
         found = []
         for layer, selection in selections:
             rules = _rules(layer.router)
             real = getattr(layer.router.router, "num_logical_experts", layer.info.num_experts)
             router = layer.router.router
-            found.append((layer.router, Hook(selection, rules.choice, rules.weights, router, real, shared)))
-        return VllmInstallation(found, shared, config.max_decode_q)
+            found.append((layer.router, Hook(selection, rules.choice, rules.weights, router, real, rows)))
+        return VllmInstallation(found, rows, mine)
 
 
 class VllmInstallation:
@@ -83,22 +88,22 @@ class VllmInstallation:
 
     experts = "model"
 
-    def __init__(self, layers: list[tuple[Any, Hook]], shared: Shared, max_decode_q: int) -> None:
-        self._layers, self._shared, self._max_decode_q = layers, shared, max_decode_q
+    def __init__(self, layers: list[tuple[Any, Hook]], rows: StepRows, model: Watched) -> None:
+        self._layers, self._rows, self._model = layers, rows, model
         self._numbers: list[int] = []
 
     @property
     def paused(self) -> bool:
         """While True, the model's own routing is let through."""
-        return self._shared.paused
+        return self._rows.silent
 
     @paused.setter
     def paused(self, value: bool) -> None:
-        self._shared.paused = value
+        self._rows.silent = value
 
     def start(self) -> None:
         """Give every router its hook."""
-        self._shared.rows.max_decode_q = self._max_decode_q
+        self._model.rows = self._rows
         for layer, hook in self._layers:
             hook.selection.place(_device(layer))
             self._numbers.append(len(hooks))
@@ -106,7 +111,9 @@ class VllmInstallation:
             set_hook(layer.router, self._numbers[-1])
 
     def remove(self) -> None:
-        """Take the hooks out; code that was compiled with them calls nothing any more."""
+        """Take the hooks out; compiled code calls nothing any more, and captured graphs see padding alone."""
+        self._rows.silent = True
+        self._model.rows = None
         for layer, _ in self._layers:
             set_hook(layer.router)
         for number in self._numbers:
@@ -149,6 +156,10 @@ def _expert_bytes(layer: Any) -> int:
 
 def _refused(layer: Any) -> str:
     """Say why a layer cannot be taken; empty if it can."""
+    if not hasattr(layer, "is_monolithic") or not hasattr(layer, "moe_config"):
+        return f"{type(layer).__name__} is not one of vLLM's usual MoE layers; leave it out under `layers`"
+    if getattr(layer.moe_config, "is_sequence_parallel", False):
+        return "it sees a part of a step's rows (sequence parallelism); turn that off"
     if layer.is_monolithic:
         return (
             f"its experts run by {type(layer.routed_experts.quant_method).__name__}, whose kernel routes by itself; "

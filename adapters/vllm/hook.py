@@ -15,21 +15,6 @@ from lynx.routing import Phase, Routing, WeightRule
 from lynx.selection import LayerSelection
 
 
-@dataclass(slots=True)
-class Shared:
-    """What the hooks of one model share.
-
-    Attributes:
-        rows: What the rows of the step under way may do.
-        paused: Let the model's own routing through.
-        said: Whether it was said that a step was left alone.
-    """
-
-    rows: StepRows
-    paused: bool = False
-    said: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Hook:
     """One layer's selection, as its router calls it.
@@ -42,7 +27,7 @@ class Hook:
             anew.
         real: How many of the experts are ones to run. What the router gives to experts behind them (zero experts) it
             has turned into slots of weight 0, which stay as they are.
-        shared: What all layers share.
+        rows: What the rows of the step under way may do; all layers share it.
     """
 
     selection: LayerSelection
@@ -50,13 +35,14 @@ class Hook:
     rule: WeightRule
     router: Any
     real: int
-    shared: Shared
+    rows: StepRows
 
     def __call__(self, logits: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights and ids ``(T, k)`` after selection; the given ones where the step is to be left alone."""
         from vllm.forward_context import is_forward_context_available
 
-        rows = None if self.shared.paused or not is_forward_context_available() else self._rows(logits.shape[0])
+        idle = self.rows.silent or not is_forward_context_available()
+        rows = None if idle else self._kinds(logits.shape[0])
         if rows is None:
             return weights, ids
         role, phase = rows
@@ -87,21 +73,35 @@ class Hook:
 
         Not while a graph is captured, which will serve other steps.
         """
-        from vllm.config import CUDAGraphMode
-        from vllm.forward_context import get_forward_context
-
-        if self.shared.rows.deciding or Phase.PREFILL not in self.selection.exact_phases:
+        if self.rows.deciding or Phase.PREFILL not in self.selection.exact_phases:
             return False
-        return bool(get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.NONE)
+        return not _in_graph()
 
-    def _rows(self, tokens: int) -> tuple[Tensor, Tensor] | None:
-        rows = self.shared.rows.read(tokens)
-        if rows is None and not self.shared.said:
-            self.shared.said = True
-            logger.warning("lynx.steps_left_exact", reason=f"a step of {tokens} rows, more than vLLM said there are")
-        return rows
+    def _kinds(self, tokens: int) -> tuple[Tensor, Tensor] | None:
+        kinds = self.rows.read(tokens)
+        if kinds is None:
+            _say_once(f"a step of {tokens} rows, more than vLLM said there are")
+        elif tokens < self.rows.total and not _in_graph():
+            _say_once("layers that see a part of a step's rows, and Lynx does not know which")
+            return None
+        return kinds
 
 
+def _in_graph() -> bool:
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context
+
+    captured: bool = get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.NONE
+    return captured or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _say_once(reason: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        logger.warning("lynx.steps_left_exact", reason=reason)
+
+
+_said: set[str] = set()
 hooks: list[Hook | None] = []
 """All hooks of this process, by the number that the op carries."""
 

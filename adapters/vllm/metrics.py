@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from typing import Any
 
@@ -48,13 +49,25 @@ class Exporter:
 
     def write(self) -> None:
         """Read the counters and set the gauges."""
-        for layer in self._handle.report().layers:
+        with _waiting_allowed():
+            report = self._handle.report()
+        for layer in report.layers:
             for phase, figures in layer.phases.items():
                 for name, gauge in self._gauges.items():
                     value = getattr(figures, name)
                     if value is not None:
                         gauge.labels(layer.name, phase).set(value)
         self._last = self._clock()
+
+
+def _waiting_allowed() -> AbstractContextManager[None]:
+    """What vLLM wants around a wait for the device, where it looks for those (`VLLM_GPU_SYNC_CHECK`)."""
+    try:
+        from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+    except ImportError:
+        return nullcontext()
+    allowed: AbstractContextManager[None] = gpu_sync_allowed()
+    return allowed
 
 
 @cache

@@ -157,6 +157,18 @@ def _check_engine(engine: Any) -> None:
             "with data parallelism a rank's rows cannot be told from those of others yet; use tensor parallelism",
         ),
         (
+            getattr(getattr(engine, "cache_config", None), "kv_sharing_fast_prefill", False),
+            "with --kv-sharing-fast-prefill some layers see a part of a step's rows; leave it out",
+        ),
+        (
+            (engine.additional_config or {}).get("decode_backend") == "latency_specialized",
+            "the latency-specialised decode backend goes past routers in small steps; leave `decode_backend` out",
+        ),
+        (
+            getattr(envs, "VLLM_ROCM_MONO_DECODE", False),
+            "VLLM_ROCM_MONO_DECODE goes past routers in decode; unset one of the two",
+        ),
+        (
             getattr(parallel, "use_sequence_parallel_moe", False),
             "with sequence-parallel MoE a rank's rows are not those of its requests; turn it off",
         ),

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lynx.adapters.vllm.requests import ExactRequests
 from lynx.routing import Phase, Role
 
 
@@ -31,38 +30,53 @@ class Requests:
 
 
 class StepRows:
-    """Role and phase of every row of a model's step.
+    """Role and phase of every row of a step, for the hooks of one installation.
 
-    A request is in decode if its prompt is behind it and no more than ``max_decode_q`` tokens of it are here.
+    A request is in decode if its prompt is behind it. If more than ``max_decode_q`` tokens of it are here, they are
+    drafts to be verified, and exact.
 
     Args:
         width: Most rows of a step.
         device: Where the model runs.
+        max_decode_q: Longest query that may be re-routed.
 
     Attributes:
-        max_decode_q: Longest query that counts as decode.
         kinds: ``(2, width)`` int8, roles and phases. Captured graphs read it, so that it is written and never replaced.
             Rows of no request are padding, and so is all that vLLM runs before its first step.
-        deciding: Whether a row is in decode, as the host knows; True until a step was written.
-        exact: The requests that ask for exact routing.
+        deciding: Whether a row is open in decode, as the host knows; True until a step was written.
+        total: Rows of requests, 0 until a step was written.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.max_decode_q = 1
+    def __init__(self, width: int, device: torch.device, max_decode_q: int = 1) -> None:
         self.kinds = torch.zeros((2, width), dtype=torch.int8, device=device)
-        self.deciding = True
-        self.exact = ExactRequests()
+        self.deciding, self.total = True, 0
+        self._max_decode_q, self._silent = max_decode_q, False
+
+    @property
+    def silent(self) -> bool:
+        """While True every row is padding, which hooks leave alone; those in captured graphs, too."""
+        return self._silent
+
+    @silent.setter
+    def silent(self, value: bool) -> None:
+        self._silent = value
+        if value:
+            self.kinds.zero_()
 
     def write(self, requests: Requests) -> None:
         """Write the step that comes next; does not wait for the device."""
+        if self._silent:
+            return
         kinds = np.zeros(tuple(self.kinds.shape), dtype=np.int8)
-        decode = (requests.scheduled <= self.max_decode_q) & (requests.computed >= requests.prompt)
-        roles = np.where(requests.exact, int(Role.EXACT), int(Role.OPEN))
+        decode = requests.computed >= requests.prompt
+        exact = requests.exact | (decode & (requests.scheduled > self._max_decode_q))
+        roles = np.where(exact, int(Role.EXACT), int(Role.OPEN))
         phases = np.where(decode, int(Phase.DECODE), int(Phase.PREFILL))
-        rows = min(int(np.sum(requests.scheduled)), kinds.shape[1])
+        self.total = int(np.sum(requests.scheduled))
+        rows = min(self.total, kinds.shape[1])
         kinds[0, :rows] = np.repeat(roles, requests.scheduled)[:rows]
         kinds[1, :rows] = np.repeat(phases, requests.scheduled)[:rows]
-        self.deciding = bool((decode & ~requests.exact).any())
+        self.deciding = bool((decode & ~exact).any())
         given = torch.from_numpy(kinds)
         # memory that is not pinned would make the copy wait for the device
         self.kinds.copy_(given.pin_memory() if self.kinds.is_cuda else given, non_blocking=True)

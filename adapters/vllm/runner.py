@@ -15,11 +15,35 @@ from torch import nn
 from lynx.adapters.vllm.requests import ExactRequests
 from lynx.adapters.vllm.rows import Requests, StepRows
 from lynx.errors import UnsupportedModelError
+from lynx.log import logger
 
 _MARK = "_lynx"
 
-steps: WeakKeyDictionary[nn.Module, StepRows] = WeakKeyDictionary()
-"""The rows of the step under way, by model as vLLM loaded it."""
+
+class Watched:
+    """A model whose steps are known before they run.
+
+    Args:
+        width: Most rows of a step.
+        device: Where the model runs.
+
+    Attributes:
+        exact: The requests that ask for exact routing.
+        rows: Where the rows of a step are written for the strategy that is on; None while none is.
+        warming: Whether vLLM runs steps of its own making.
+        captured: Whether CUDA graphs were captured, which go on calling the hooks of that time.
+        told: Whether a step came by of which nothing had been told.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.width, self.device = width, device
+        self.exact = ExactRequests()
+        self.rows: StepRows | None = None
+        self.warming = self.captured = self.told = self.complained = False
+
+
+watched: WeakKeyDictionary[nn.Module, Watched | None] = WeakKeyDictionary()
+"""By model as vLLM loaded it, and as its runner holds it; None for models that are not ours."""
 
 
 def runner_class(engine: Any) -> Any:
@@ -29,7 +53,7 @@ def runner_class(engine: Any) -> Any:
     return import_module(module).GPUModelRunner
 
 
-def watch(model: nn.Module, engine: Any, device: torch.device) -> StepRows:
+def watch(model: nn.Module, engine: Any, device: torch.device) -> None:
     """Have the rows of a model's steps written before each of them.
 
     Args:
@@ -40,38 +64,81 @@ def watch(model: nn.Module, engine: Any, device: torch.device) -> StepRows:
     Raises:
         UnsupportedModelError: The runner prepares its steps in a way that is not known.
     """
+    from vllm.v1.worker.gpu_worker import Worker
+
     kind = runner_class(engine)
     second = getattr(engine, "use_v2_model_runner", False)
     name, read = ("prepare_inputs", _second) if second else ("_prepare_inputs", _first)
-    prepare = getattr(kind, name, None)
-    if prepare is None:
+    if not hasattr(kind, name):
         raise UnsupportedModelError(
             f"Lynx is configured, but this vLLM's model runner has no {name}(), where Lynx reads a step's rows; "
             "the vLLM page of the docs lists the versions tried."
         )
-    if not hasattr(prepare, _MARK):
-        setattr(kind, name, _then_write(prepare, read))
-    rows = steps[model] = StepRows(engine.scheduler_config.max_num_batched_tokens, device)
-    return rows
+    _wrap(kind, name, lambda prepare: _then_write(prepare, read))
+    _wrap(kind, "execute_model", _then_complain)
+    _wrap(Worker, "compile_or_warm_up_model", _while_warming)
+    watched[model] = Watched(engine.scheduler_config.max_num_batched_tokens, device)
+
+
+def _wrap(kind: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a function around a method, once."""
+    method = getattr(kind, name)
+    if not hasattr(method, _MARK):
+        wrapped = wraps(method)(around(method))
+        setattr(wrapped, _MARK, True)
+        setattr(kind, name, wrapped)
 
 
 def _then_write(prepare: Callable[..., Any], read: Callable[..., Requests]) -> Callable[..., Any]:
-    @wraps(prepare)
     def prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = prepare(self, scheduler_output, *args, **kwargs)
-        rows = _rows_of(self)
-        if rows is not None:
-            rows.write(read(self, scheduler_output, prepared, rows.exact))
+        mine = _of(self)
+        if mine is not None and not mine.warming:
+            mine.told = True
+            requests = read(self, scheduler_output, prepared, mine.exact)
+            if mine.rows is not None:
+                mine.rows.write(requests)
         return prepared
 
-    setattr(prepare_inputs, _MARK, True)
     return prepare_inputs
 
 
-def _rows_of(runner: Any) -> StepRows | None:
-    """The rows of a runner's model, also where something was put around it after it was loaded."""
+def _then_complain(execute: Callable[..., Any]) -> Callable[..., Any]:
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        done = execute(self, scheduler_output, *args, **kwargs)
+        mine = _of(self)
+        real = scheduler_output.total_num_scheduled_tokens and not kwargs.get("dummy_run")
+        if mine is not None and real and not (mine.told or mine.warming or mine.complained):
+            mine.complained = True
+            logger.error(
+                "lynx.steps_left_exact", reason=f"{type(self).__name__} prepares its steps in a way of its own"
+            )
+        return done
+
+    return execute_model
+
+
+def _while_warming(warm_up: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_or_warm_up_model(self: Any) -> Any:
+        mine = _of(self.model_runner)
+        if mine is None:
+            return warm_up(self)
+        mine.warming = True
+        try:
+            return warm_up(self)
+        finally:
+            mine.warming = False
+            mine.captured = self.vllm_config.compilation_config.cudagraph_mode.name != "NONE"
+
+    return compile_or_warm_up_model
+
+
+def _of(runner: Any) -> Watched | None:
+    """What is known of a runner's model, also where something was put around it after it was loaded."""
     model = runner.get_model()
-    return steps.get(model) or next((steps[inner] for inner in model.modules() if inner in steps), None)
+    if model not in watched:
+        watched[model] = next((known for inner in model.modules() if (known := watched.get(inner))), None)
+    return watched[model]
 
 
 def _first(runner: Any, step: Any, prepared: Any, exact: ExactRequests) -> Requests:
@@ -88,7 +155,7 @@ def _first(runner: Any, step: Any, prepared: Any, exact: ExactRequests) -> Reque
 
 def _second(runner: Any, step: Any, batch: Any, exact: ExactRequests) -> Requests:
     exact.see(step.scheduled_new_reqs, runner.req_states.req_id_to_index)
-    scheduled, computed = batch.num_scheduled_tokens, batch.num_computed_tokens_np
+    asked = np.array(exact.among(batch.req_ids))
     if getattr(runner, "adaptive_verification", None) is not None and step.scheduled_spec_decode_tokens:
-        computed = np.zeros_like(computed)  # the device will share the drafts out: whose row is whose is not known here
-    return Requests(scheduled, computed, batch.prefill_len_np, np.array(exact.among(batch.req_ids)))
+        asked[:] = True  # the device will share the drafts out: whose row is whose is not known here
+    return Requests(batch.num_scheduled_tokens, batch.num_computed_tokens_np, batch.prefill_len_np, asked)

@@ -35,7 +35,7 @@ def vllm(monkeypatch):
     """Stand-ins for vLLM's modules, with Lynx's plugin loaded; Lynx's logging and counters as they were, afterwards."""
     from vllm_stand_in import StandIn
 
-    from lynx.adapters.vllm import metrics, plugin, requests, routers
+    from lynx.adapters.vllm import hook, metrics, plugin, requests, routers
 
     events = logging.getLogger("lynx")
     before = list(events.handlers), events.level
@@ -43,6 +43,7 @@ def vllm(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(metrics, "_exporters", [])
     monkeypatch.setattr(requests, "_said", set())
+    monkeypatch.setattr(hook, "_said", set())
     monkeypatch.setattr(plugin, "log_when_served", lambda handle: None)  # not when the tests end
     metrics._gauges.cache_clear()
     routers._subclass.cache_clear()

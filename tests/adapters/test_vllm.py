@@ -2,62 +2,20 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from vllm_stand_in import CUDAGraphMode, Router, ZeroExpertRouter, engine, route
+from vllm_stand_in import Router, ZeroExpertRouter, engine, route
 
 import lynx
 from lynx.adapters.vllm import metrics, plugin, routers
 from lynx.adapters.vllm.adapter import VllmAdapter
-from lynx.adapters.vllm.rows import Requests, StepRows
-from lynx.adapters.vllm.runner import steps
 from lynx.errors import AttachError, ConfigError
 from lynx.routing import Phase, Role, WeightRule
-from lynx.selection import LayerSelection
 
 PADDING, EXACT, OPEN = int(Role.PADDING), int(Role.EXACT), int(Role.OPEN)
 PREFILL, DECODE = int(Phase.PREFILL), int(Phase.DECODE)
 UNION = {"lynx": {"strategy": {"name": "batch-union", "top": 1}}}
 SIZES = {"top_k": 4, "global_num_experts": 16}
-
-
-def written(query, computed, prompts, exact, max_decode_q=1):
-    rows = StepRows(8, torch.device("cpu"))
-    rows.max_decode_q = max_decode_q
-    rows.write(Requests(*(np.array(column) for column in (query, computed, prompts, exact))))
-    role, phase = rows.read(8)
-    assert role.dtype == phase.dtype == torch.int8
-    return role.tolist(), phase.tolist(), rows.deciding
-
-
-def test_rows_of_a_mixed_batch():
-    """A prompt of 3, a decode step, a prompt of 1, the last token of a split prompt, a decode step; then padding."""
-    role, phase, deciding = written([3, 1, 1, 1, 1], [0, 9, 0, 6, 6], [3, 4, 1, 7, 6], [False] * 5)
-    assert role == [OPEN] * 7 + [PADDING]
-    assert phase[:7] == [PREFILL] * 3 + [DECODE, PREFILL, PREFILL, DECODE]
-    assert deciding
-
-
-def test_rows_of_speculation_and_of_exact_requests():
-    verify = ([3, 1], [6, 4], [5, 4])
-    assert written(*verify, [False, False])[1][:4] == [PREFILL] * 3 + [DECODE]
-    role, phase, deciding = written(*verify, [False, True], max_decode_q=3)
-    assert phase[:4] == [DECODE] * 4
-    assert role[:5] == [OPEN, OPEN, OPEN, EXACT, PADDING]
-    assert deciding
-    assert not written(*verify, [True, True], max_decode_q=3)[2]
-    assert not written([3, 2], [0, 1], [3, 5], [False, False])[2]
-
-
-def test_a_step_leaves_nothing_of_the_one_before():
-    rows = StepRows(8, torch.device("cpu"))
-    place = rows.kinds.data_ptr()
-    for count in (6, 2):
-        rows.write(Requests(*(np.array([value] * count) for value in (1, 5, 2, True))))
-    assert rows.kinds.tolist() == [[EXACT] * 2 + [PADDING] * 6, [DECODE] * 2 + [PREFILL] * 6]
-    assert rows.kinds.data_ptr() == place  # captured graphs read it
-    assert rows.read(9) is None
 
 
 @pytest.mark.parametrize(
@@ -137,19 +95,6 @@ def test_rows_that_vllm_marked_as_padding_keep_their_mark(vllm):
     assert not torch.equal(new_ids[:2], ids[:2])
 
 
-@pytest.mark.parametrize("mode", list(CUDAGraphMode))
-def test_a_step_without_decode_is_only_counted_unless_a_graph_is_captured(vllm, mode, monkeypatch):
-    """What is captured in such a step will serve others."""
-    vllm.config = engine(UNION)
-    model = vllm.load(SIZES)
-    seen = []
-    monkeypatch.setattr(LayerSelection, "observe", lambda self, routing: seen.append(routing))
-    with vllm.step([0, 3, 6], [3, 3], mode):
-        (_, ids), (_, new_ids) = route(model["experts"][0], 6)
-    assert torch.equal(new_ids, ids)
-    assert bool(seen) == (mode is CUDAGraphMode.NONE)
-
-
 def test_a_strategy_for_prefill_decides_there(vllm):
     vllm.config = engine(
         {"lynx": {"strategy": {"name": "phase-aware", "prefill": {"name": "batch-union", "top": 1}, "decode": "exact"}}}
@@ -160,29 +105,6 @@ def test_a_strategy_for_prefill_decides_there(vllm):
     assert not torch.equal(new_ids, ids)
 
 
-def test_more_rows_than_vllm_said_are_left_alone_and_say_so_once(vllm, caplog):
-    vllm.config = engine(UNION)
-    layer = vllm.load(SIZES)["experts"][0]
-    for _ in range(2):
-        with vllm.step([0, 1, 2, 3, 4], [9, 9, 9, 9]):
-            (_, ids), (_, new_ids) = route(layer, 33)
-        assert torch.equal(new_ids, ids)
-    assert [record.message for record in caplog.records if "left_exact" in record.message] == [
-        "lynx.steps_left_exact reason=a step of 33 rows, more than vLLM said there are"
-    ]
-
-
-def test_before_the_first_step_all_rows_are_padding(vllm):
-    """Memory is measured, kernels are warmed up and graphs are captured: all of it runs, and nothing of it counts."""
-    vllm.config = engine(UNION)
-    model = vllm.load(SIZES)
-    vllm.context = SimpleNamespace(attn_metadata=None, cudagraph_runtime_mode=CUDAGraphMode.NONE)
-    (weights, ids), (new_weights, new_ids) = route(model["experts"][0], 6)
-    assert torch.equal(new_ids, ids)
-    assert torch.equal(new_weights, weights)
-    assert lynx.handle_of(model).report().layers[0].phases["decode"].steps == 0
-
-
 def test_the_handle_pauses_replaces_and_detaches(vllm):
     vllm.config = engine(UNION)
     model = vllm.load(SIZES)
@@ -191,7 +113,10 @@ def test_the_handle_pauses_replaces_and_detaches(vllm):
         assert not torch.equal(*(ids for _, ids in route(layer, 4)))
         with handle.paused():
             assert torch.equal(*(ids for _, ids in route(layer, 4)))
-        lynx.attach(model, "exact")
+    with vllm.step([0, 1, 2, 3, 4], [9, 9, 9, 9]):
+        assert not torch.equal(*(ids for _, ids in route(layer, 4)))
+    lynx.attach(model, "exact")
+    with vllm.step([0, 1, 2, 3, 4], [9, 9, 9, 9]):
         assert torch.equal(*(ids for _, ids in route(layer, 4)))
         lynx.detach(model)
         assert torch.equal(*(ids for _, ids in route(layer, 4)))
@@ -264,10 +189,10 @@ def test_counters_for_prometheus(vllm, monkeypatch, tmp_path, second):
     with vllm.step([0, 1, 2, 3, 4], [9, 9, 9, 9]):
         route(layer, 4)
     runner = vllm.runner
-    runner.execute_model()
+    runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=4))
     assert vllm.gauges == {}
     now[0] = 11.0
-    runner.execute_model()
+    runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=4))
     assert vllm.gauges["lynx_steps", "experts.0", "decode"] == 1
     before, after = (vllm.gauges[f"lynx_active_{name}", "experts.0", "decode"] for name in ("before", "after"))
     assert after < before
@@ -279,49 +204,6 @@ def test_the_op_keeps_its_promises(vllm):
     logits = torch.randn(4, 16)
     weights, ids = Router._compute_routing(layer.router, None, logits, None)
     torch.library.opcheck(torch.ops.lynx.vllm_select.default, (logits, weights, ids, layer.router.lynx_number))
-
-
-@pytest.mark.parametrize("second", [False, True], ids=["first runner", "second runner"])
-def test_requests_that_ask_for_exact_routing(vllm, second, caplog):
-    vllm.config = engine(UNION)
-    vllm.config.use_v2_model_runner = second
-    model = vllm.load(SIZES)
-    layer, runner = model["experts"][0], vllm.runner
-    wishes = [None, {"lynx": "exact"}, {"other": 1}, {"lynx": "exakt"}]
-    assert vllm.prepare([3, 3, 3, 3], [0] * 4, [3] * 4, wishes) == (runner.batch if second else "prepared")
-    assert "request_not_understood" in caplog.text  # and is left exact, to be on the safe side
-    with vllm.step([0, 1, 2, 3, 4], [4, 4, 4, 4]):
-        assert steps[model].kinds[0, :5].tolist() == [OPEN, EXACT, OPEN, EXACT, PADDING]
-        (weights, ids), (new_weights, new_ids) = route(layer, 4)
-    assert torch.equal(new_ids[[1, 3]], ids[[1, 3]])
-    assert torch.equal(new_weights[[1, 3]], weights[[1, 3]])
-    assert not torch.equal(new_ids, ids)
-    vllm.prepare([1], [4], [3])  # the others are gone; one of the names comes again, and asks for nothing
-    vllm.prepare([3, 3], [0] * 2, [3] * 2, [None, None])
-    assert steps[model].kinds[0].tolist() == [OPEN] * 6 + [PADDING] * 26
-
-
-def test_drafts_that_the_device_shares_out_are_exact(vllm):
-    """Then the host does not know whose row is whose."""
-    vllm.config = engine(UNION)
-    vllm.config.use_v2_model_runner = True
-    model = vllm.load(SIZES)
-    vllm.runner.adaptive_verification = object()
-    for drafts, phase in (({}, DECODE), ({"request 0": [5]}, PREFILL)):
-        vllm.prepare([1, 1], [4, 4], [3, 3], drafts=drafts)
-        assert steps[model].kinds[1, :2].tolist() == [phase] * 2
-
-
-def test_a_model_inside_another_one_is_found(vllm):
-    """As where adapters of LoRA are put around it after it was loaded."""
-    vllm.config = engine(UNION)
-    model = vllm.load(SIZES)
-    vllm.runner.model = torch.nn.ModuleDict({"inner": model})
-    vllm.prepare([1, 1], [4, 4], [3, 3])
-    assert steps[model].kinds[0, :3].tolist() == [OPEN, OPEN, PADDING]
-    vllm.runner.model = torch.nn.Linear(1, 1)  # another model's steps are not ours
-    vllm.prepare([1], [4], [3])
-    assert steps[model].kinds[0, :3].tolist() == [OPEN, OPEN, PADDING]
 
 
 def test_a_bias_that_is_loaded_anew_is_used(vllm):

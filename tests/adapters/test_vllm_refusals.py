@@ -82,6 +82,9 @@ def test_what_was_taken_out_is_kept_for_captured_graphs(vllm):
         (lambda v: setattr(v.envs, "VLLM_BATCH_INVARIANT", True), "VLLM_BATCH_INVARIANT"),
         (lambda v: setattr(v.config.parallel_config, "data_parallel_size", 2), "data parallelism"),
         (lambda v: setattr(v.config.parallel_config, "use_sequence_parallel_moe", True), "sequence-parallel"),
+        (lambda v: setattr(v.config.cache_config, "kv_sharing_fast_prefill", True), "--kv-sharing-fast-prefill"),
+        (lambda v: v.config.additional_config.update(decode_backend="latency_specialized"), "`decode_backend`"),
+        (lambda v: setattr(v.envs, "VLLM_ROCM_MONO_DECODE", True), "VLLM_ROCM_MONO_DECODE"),
         (lambda v: setattr(v.config.parallel_config, "enable_dbo", True), "--enable-dbo"),
         (lambda v: setattr(v.config.parallel_config, "prefill_context_parallel_size", 2), "context parallelism"),
         (lambda v: setattr(v.config.parallel_config, "pipeline_parallel_size", 2), "pipeline parallelism"),
@@ -89,7 +92,7 @@ def test_what_was_taken_out_is_kept_for_captured_graphs(vllm):
     ],
 )
 def test_what_an_engine_must_not_be(vllm, change, words):
-    vllm.config = engine(UNION)
+    vllm.config = engine(dict(UNION))
     change(vllm)
     with pytest.raises(UnsupportedModelError, match=words):
         vllm.load(SIZES)
@@ -116,6 +119,22 @@ def test_a_part_of_a_model_cannot_be_attached(vllm):
     model = vllm.load(SIZES)
     with pytest.raises(AttachError, match="not a model as vLLM loaded it"):
         lynx.attach(model["experts"], "exact")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda layer: setattr(layer.moe_config, "is_sequence_parallel", True), "sequence parallelism"),
+        (lambda layer: delattr(layer, "moe_config"), "not one of vLLM's usual MoE layers"),
+        (lambda layer: delattr(layer, "is_monolithic"), "not one of vLLM's usual MoE layers"),
+    ],
+)
+def test_layers_of_another_kind_are_refused(vllm, change, words):
+    vllm.config = engine(UNION)
+    model = vllm.load(SIZES)
+    change(model["experts"][0])
+    with pytest.raises(UnsupportedModelError, match=words):
+        lynx.attach(model, "exact")
 
 
 def test_a_router_of_another_kind_is_refused(vllm):

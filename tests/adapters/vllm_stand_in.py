@@ -69,7 +69,9 @@ class Layer(nn.Module):
         self.router, self.is_monolithic = router, monolithic
         self.w13 = nn.Parameter(torch.zeros(router.global_num_experts, 4, 8))
         E = router.global_num_experts
-        self.moe_config = SimpleNamespace(hidden_dim=8, num_local_experts=E, num_logical_experts=E)
+        self.moe_config = SimpleNamespace(
+            hidden_dim=8, num_local_experts=E, num_logical_experts=E, is_sequence_parallel=False
+        )
         self.routed_experts = SimpleNamespace(quant_method=SimpleNamespace())
 
 
@@ -79,6 +81,8 @@ def engine(additional=None, **parallel):
         additional_config=additional or {},
         model_config=SimpleNamespace(),
         parallel_config=SimpleNamespace(data_parallel_size=1, **parallel),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=32),
         use_v2_model_runner=False,
     )
@@ -110,7 +114,7 @@ class StandIn:
             def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
                 return "prepared"
 
-            def execute_model(self):
+            def execute_model(self, scheduler_output):
                 return "executed"
 
             def get_model(self):
@@ -121,6 +125,12 @@ class StandIn:
                 return self.batch
 
             execute_model, get_model = FirstRunner.execute_model, FirstRunner.get_model
+
+        class Worker:
+            vllm_config, work = None, None
+
+            def compile_or_warm_up_model(self):
+                return self.work()
 
         self.gauges = gauges = {}
 
@@ -161,6 +171,7 @@ class StandIn:
         self.layer = make(f"{moe}.layer", create_fused_moe_router=create_fused_moe_router)
         self.loader = make("vllm.model_executor.model_loader.base_loader", BaseModelLoader=BaseModelLoader)
         first = make("vllm.v1.worker.gpu_model_runner", GPUModelRunner=FirstRunner)
+        self.worker = make("vllm.v1.worker.gpu_worker", Worker=Worker).Worker()
         second = make("vllm.v1.worker.gpu.model_runner", GPUModelRunner=SecondRunner)
         self.modules = {False: first, True: second}
         self.runner = None
@@ -176,6 +187,7 @@ class StandIn:
         self.config.load = build
         self.runner = self.modules[self.config.use_v2_model_runner].GPUModelRunner()
         self.runner.model = self.loader.BaseModelLoader().load_model(self.config, self.config.model_config)
+        self.worker.model_runner, self.worker.vllm_config = self.runner, self.config
         return self.runner.model
 
     @contextmanager

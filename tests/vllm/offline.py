@@ -98,7 +98,7 @@ class Watcher:
 def rows_of_exact_requests(model):
     """Spy on the hooks: for every step, whether rows of exact requests left with the router's own decision."""
     from lynx.adapters.vllm import hook as room
-    from lynx.adapters.vllm.runner import steps
+    from lynx.adapters.vllm.runner import watched
     from lynx.routing import Phase, Role
 
     seen = {"same": 0, "changed": 0, "others_changed": 0}
@@ -106,7 +106,7 @@ def rows_of_exact_requests(model):
 
     def call(self, logits, weights, ids):
         new_weights, new_ids = plain(self, logits, weights, ids)
-        role, phase = steps[model].kinds[:, : len(ids)]
+        role, phase = watched[model].rows.kinds[:, : len(ids)]
         decode, exact = phase == int(Phase.DECODE), role == int(Role.EXACT)
         changed = ((new_ids != ids) | (new_weights != weights)).any(-1)
         seen["same"] += int((decode & exact & ~changed).sum())
