@@ -80,7 +80,7 @@ def build_prompts(files: list[SourceFile]) -> dict[str, list[dict[str, str]]]:
 
 def write_weights(checkpoint: dict[str, Any], folder: Path) -> None:
     """Writes the checkpoint's weights as bfloat16 with the keys that transformers uses."""
-    config = reference_config()
+    config = reference_config(**checkpoint["run"].get("shape", {}))
     model = Qwen3MoeForCausalLM(config)
     model.load_state_dict(checkpoint["model"])
     model.generation_config = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS)

@@ -68,6 +68,9 @@ def main(
     muon_lr: float = 0.02,
     adam_lr: float = 3e-3,
     balance: Annotated[float, typer.Option(help="Coefficient of the load-balancing loss.")] = 0.02,
+    experts: Annotated[int, typer.Option(help="Experts of a layer.")] = 32,
+    top_k: Annotated[int, typer.Option(help="Experts that a token is sent to.")] = 4,
+    width: Annotated[int, typer.Option(help="Width of an expert.")] = 72,
     seed: int = 0,
     threads: int = 1,
     save_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 4.0,
@@ -77,7 +80,8 @@ def main(
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "checkpoint.pt"
-    model = build_model(reference_config(), seed)
+    shape = {"experts": experts, "top_k": top_k, "width": width}
+    model = build_model(reference_config(**shape), seed)
     optimizers = build_optimizers(model, muon_lr, adam_lr)
     files = read_standard_library()
     data = TrainingBatches(files, seed, context, batch_size, code_share, drill_share)
@@ -86,6 +90,7 @@ def main(
         "python": sys.version.split()[0],
         "torch": str(torch.__version__),
         "seed": seed,
+        "shape": shape,
         "batch_size": batch_size,
         "context": context,
         "commands": [],
@@ -100,6 +105,8 @@ def main(
         saved = torch.load(path, weights_only=True)
         if saved["run"]["corpus_sha256"] != run["corpus_sha256"]:
             raise typer.BadParameter("the checkpoint was trained on another standard library")
+        if saved["run"].get("shape", shape) != shape:
+            raise typer.BadParameter(f"the checkpoint is of another shape: {saved['run']['shape']}")
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -118,7 +125,6 @@ def main(
     terminal = sys.stderr.isatty()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=Console(stderr=True), disable=not terminal)
-    top_k = model.config.num_experts_per_tok
     saved_at = time.monotonic()
     code_rows = data.code_windows
     with progress, (out / "log.jsonl").open("a") as log:
