@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lynx.adapter import Discovery, FoundLayer, Installation
 from lynx.adapters.transformers import experts as experts_room
+from lynx.adapters.transformers.adapted import copies, one_per_layer
 from lynx.adapters.transformers.discovery import (
     LOOKED_FOR,
     RouterLayer,
@@ -31,6 +33,7 @@ from lynx.adapters.transformers.hooks import (
     parameter_names,
 )
 from lynx.adapters.transformers.step import stop_ids
+from lynx.adapters.transformers.without_cache import WithoutCache
 from lynx.config import Config
 from lynx.errors import AttachError
 from lynx.routing import Phase
@@ -48,7 +51,7 @@ class TransformersAdapter:
 
     def discover(self, model: nn.Module) -> Discovery:
         """Find and probe all routers."""
-        sites = find_routers(model)
+        sites = one_per_layer(find_routers(model), dict(model.named_modules()))
         layers = tuple(describe(site, index, len(sites)) for index, site in enumerate(sites))
         why_not = next((reason for site in sites if (reason := experts_room.why_not(site.experts))), "")
         words = f"the model's own ({why_not})" if why_not else "the model's own, or Lynx's"
@@ -98,6 +101,7 @@ class TransformersInstallation:
         self._context = StepContext(max_decode_q)
         self._handles: list[RemovableHandle] = []
         self._switch = experts_room.ExpertsSwitch()
+        self._model = weakref.ref(model)  # the hooks must not keep the model alive
         self._planned: tuple[nn.Module, Sequence[tuple[RouterLayer, LayerSelection]]] | None = (model, pairs)
 
     def owns(self, hook: object) -> bool:
@@ -107,7 +111,7 @@ class TransformersInstallation:
     def start(self) -> None:
         """Register all hooks and the experts implementation, or nothing."""
         assert self._planned is not None
-        planned, self._planned = self._planned, None  # the hooks must not keep the model alive
+        planned, self._planned = self._planned, None
         try:
             self._hook(*planned)
         except BaseException:
@@ -141,9 +145,13 @@ class TransformersInstallation:
             acts_on_prefill = Phase.PREFILL not in selection.exact_phases
             hook = RouterHook(context, layer.fingerprint, selection, acts_on_prefill, seat)
             routers.setdefault(layer.site.backbone, []).append(hook)
-            self._handles.append(layer.router.register_forward_hook(hook, with_kwargs=True))
+            # Before transformers 5.24, expert parallelism is a hook that makes ids local: Lynx comes before it.
+            first = getattr(layer.router, "_hf_tp_plan", None) is not None
+            for router in copies(layer.site, modules):
+                self._handles.append(router.register_forward_hook(hook, prepend=first, with_kwargs=True))
         for name, hooks in routers.items():
-            self._before(modules[name], StepBegins(context, parameter_names(modules[name])))
+            watch = None if any(hook.acts_on_prefill for hook in hooks) else WithoutCache()
+            self._before(modules[name], StepBegins(context, parameter_names(modules[name]), watch))
             self._after(modules[name], StepEnds(context, hooks))
 
     def _seats(self, experts: list[Any]) -> Sequence[experts_room.Seat | None]:
@@ -155,8 +163,18 @@ class TransformersInstallation:
         self._switch.undo()
         while self._handles:
             self._handles.pop().remove()
+        self._remove_from_copies()
         self._context.step = self._context.tokens = None
         torch.compiler.reset()
+
+    def _remove_from_copies(self) -> None:
+        """Take the hooks out of copies of routers that were put into the model since, as PEFT does."""
+        model = self._model()
+        for module in model.modules() if model is not None else ():
+            for key, hook in list(module._forward_hooks.items()):
+                if self.owns(hook):
+                    del module._forward_hooks[key]
+                    module._forward_hooks_with_kwargs.pop(key, None)
 
     @contextmanager
     def teacher_forced(self, prompt_columns: int) -> Iterator[None]:

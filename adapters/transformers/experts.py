@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,9 @@ class ExpertsSwitch:
         from transformers.integrations.moe import ExpertsInterface
 
         ExpertsInterface.register(IMPLEMENTATION, lynx_experts_forward)
+        fp8 = sys.modules.get("transformers.integrations.finegrained_fp8")
+        if fp8 is not None:  # its experts have a registry of their own, and may hold weights that are not quantised
+            fp8.FP8ExpertsInterface.register(IMPLEMENTATION, lynx_experts_forward)
         seats = []
         for module in modules:
             config = copy.copy(module.config)
@@ -146,7 +150,7 @@ def why_not(experts: nn.Module | None) -> str:
         return "no experts module was found beside the router"
     if not all(hasattr(experts, name) for name in ("config", "has_gate", "has_bias", "is_transposed")):
         return f"{type(experts).__name__} does not go through transformers' experts registry"
-    if getattr(experts, "_is_expert_parallel", False):
+    if _spread(experts):
         return "its experts are spread over processes"
     for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
         weight = getattr(experts, name, None)
@@ -155,6 +159,12 @@ def why_not(experts: nn.Module | None) -> str:
         if weight.element_size() < 2:
             return f"{type(experts).__name__}.{name} is quantised ({weight.dtype})"
     return ""
+
+
+def _spread(experts: nn.Module) -> bool:
+    """Whether processes share the experts, or each expert; how that is marked depends on the version."""
+    marked = getattr(experts, "_is_expert_parallel", False) or getattr(experts, "_hf_tp_plan", None) is not None
+    return marked or any(hasattr(parameter, "placements") for parameter in experts.parameters())
 
 
 def _gathers(experts: Any) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from dataclasses import dataclass, field
-from functools import reduce
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from lynx.adapters.rules import choice_scores
 from lynx.adapters.transformers.experts import Seat
 from lynx.adapters.transformers.fingerprint import Fingerprint
+from lynx.adapters.transformers.offload import fetch
 from lynx.adapters.transformers.probe import ARGUMENT
 from lynx.adapters.transformers.step import Step, read_step, stop_ids
+from lynx.adapters.transformers.without_cache import WithoutCache
 from lynx.errors import LynxWarning
 from lynx.log import logger
 from lynx.routing import Routing
@@ -74,10 +76,17 @@ class CallEnds:
 
 @dataclass(slots=True)
 class StepBegins:
-    """Forward pre-hook of a backbone: reads the step."""
+    """Forward pre-hook of a backbone: reads the step.
+
+    Attributes:
+        context: Where the step goes.
+        names: Of the forward's arguments, in order.
+        without_cache: What looks for generation without a cache; None if the strategy acts on prefill as well.
+    """
 
     context: StepContext
     names: tuple[str, ...]
+    without_cache: WithoutCache | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Put the step into the context, or None where nothing is to be done."""
@@ -88,6 +97,9 @@ class StepBegins:
             context.step = read_step(
                 arguments, context.max_decode_q, context.stop_ids, context.prompt_columns, context.tokens
             )
+            if self.without_cache is not None and context.prompt_columns is None:
+                ids = arguments.get("input_ids")
+                self.without_cache.look(arguments, context.tokens if ids is None else ids)
 
 
 @dataclass(slots=True)
@@ -148,11 +160,17 @@ class RouterHook:
         name = self.fingerprint.choice.bias
         if name is None:
             return None
-        found: Any = module
-        bias: Tensor | None = (
-            [*args, *kwargs.values()][1] if name == ARGUMENT else reduce(getattr, name.split("."), found)
-        )
+        bias: Tensor | None = [*args, *kwargs.values()][1] if name == ARGUMENT else fetch(module, name)
         return bias
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RouterHook:
+        """Copy the hook with its model, and share it where its router alone is copied, as PEFT does.
+
+        Alone, a copy would have a context of its own that no backbone writes to.
+        """
+        if id(self.context) not in memo:
+            return self
+        return RouterHook(*(copy.deepcopy(getattr(self, each.name), memo) for each in fields(self)))
 
 
 @dataclass(slots=True)

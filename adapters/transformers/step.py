@@ -13,7 +13,7 @@ from lynx.routing import Phase, Role
 
 # What a backbone may call its cache: the first since transformers 5.24, which takes the second from callers all the
 # same; the third in Mamba's relatives before that.
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ def read_step(
     device = inputs.device
     if isinstance(arguments.get("cu_seq_lens_q"), Tensor):
         return _read_packed(arguments, batch * q, device, max_decode_q)
-    cache: Any = next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+    cache: Any = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
     past: int | Tensor = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     valid = _valid(arguments.get("attention_mask"), batch, q, past, device)
 

@@ -67,9 +67,8 @@ def test_bfloat16(family):
         {"num_beams": 3},
         {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 0.5},
         {"cache_implementation": "static"},
-        {"use_cache": False},
     ],
-    ids=["beams", "beams-returned", "static-cache", "no-cache"],
+    ids=["beams", "beams-returned", "static-cache"],
 )
 def test_ways_to_generate(model, options):
     batch = families.prompts()
@@ -79,7 +78,7 @@ def test_ways_to_generate(model, options):
         attached = families.generate(model, batch, **settings)
     assert torch.equal(attached, before)
     seen = handle.report().total
-    assert (seen["decode"].steps == 0) == (options.get("use_cache") is False)
+    assert seen["decode"].steps > 0
     assert seen["prefill"].steps > 0
 
 

@@ -212,9 +212,10 @@ def test_few_rows_and_long_steps_stay_exact(model):
     assert verified.rows_changed > 0
 
 
-def test_continuous_batching():
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_continuous_batching(family):
     """Requests come and go: some rows of a batch are prompts, others decode, and each has its own phase."""
-    model = families.build("qwen3_moe")
+    model = families.build(family)
     lengths, new = (5, 1, 9, 3), 6  # the third prompt comes in two parts
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, families.VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
@@ -222,27 +223,29 @@ def test_continuous_batching():
     size = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=12, allow_block_sharing=False)
 
     def run():
-        outputs = model.generate_batch(prompts, settings, size)
-        return [outputs[name].generated_tokens for name in sorted(outputs)]
+        with families.counted(model) as counter:
+            outputs = model.generate_batch(prompts, settings, size)
+        return [outputs[name].generated_tokens for name in sorted(outputs)], counter.active
 
-    try:
-        before = run()
-    except MemoryError:
-        pytest.skip("this transformers needs psutil to measure a CPU's memory")
+    before, active = run()
+    assert [len(tokens) for tokens in before] == [new] * len(lengths)
     with lynx.attach(model, "exact") as handle:
-        assert run() == before
+        assert run() == (before, active)
         exact = handle.report().total
     assert exact["prefill"].exact_rows == sum(lengths)
     assert exact["decode"].tokens == len(lengths) * (new - 1)
     assert exact["decode"].steps + exact["prefill"].steps > new + 1  # some batches were counted in both phases
     with lynx.attach(model, PRUNING) as handle:
-        pruned = run()
+        pruned, fewer = run()
         total = handle.report().total
     assert [tokens[0] for tokens in pruned] == [tokens[0] for tokens in before]  # prefill is exact
     assert total["prefill"].exact_rows == sum(lengths)
     assert total["prefill"].rows_changed == 0
     assert total["decode"].rows_changed > 0
     assert total["decode"].open_active_after < total["decode"].open_active_before
+    assert len(fewer) == len(active)
+    assert sum(fewer) < sum(active)
+    assert run() == (before, active)
 
 
 def _run(model, batch, tokens):
