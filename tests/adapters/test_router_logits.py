@@ -8,7 +8,7 @@ import lynx
 
 PRUNING = {"name": "batch-union", "top": 1}
 EVERYWHERE = {"name": "phase-aware", "prefill": PRUNING, "decode": PRUNING}
-RECORDING = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "minimax", "jamba", "phimoe"]
+RECORDING = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "minimax", "phimoe"]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import lynx
 
 PRUNING = {"name": "batch-union", "top": 1}
 EVERYWHERE = {"name": "phase-aware", "prefill": PRUNING, "decode": PRUNING}
-SOME = ["mixtral", "gpt_oss", "deepseek_v3", "jamba"]
+SOME = ["mixtral", "gpt_oss", "deepseek_v3", "minimax"]
 
 
 def _train(model):
