@@ -90,6 +90,21 @@ def main(rank, port, folder, family):
     report = handle.report().total["decode"]
     seen["active_in_one"] = [report.active_before, report.active_after]
     seen["detached"] = torch.equal(decode(model).decode, before.decode)
+
+    # every expert cut in two instead: the same choice once more
+    cut = DistributedConfig(tp_size=2)
+    model = families.FAMILIES[family].model.from_pretrained(folder, distributed_config=cut).eval()
+    before = decode(model)
+    with lynx.attach(model, "exact"):
+        seen["cut_exact"] = torch.equal(decode(model).decode, before.decode)
+    with lynx.attach(model, PRUNING) as handle:
+        seen["cut_as_one_process"] = families.same(decode(model).decode, pruned.decode)
+    report = handle.report().total["decode"]
+    seen["cut_active"] = [report.active_before, report.active_after]
+    try:
+        lynx.attach(model, PRUNING, experts="lynx")
+    except lynx.ConfigError as error:
+        seen["cut_refused"] = str(error)
     print(json.dumps([seen, mine]), flush=True)
     torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Experts spread over two processes by transformers: both choose alike, and wake fewer."""
+"""Experts spread over two processes by transformers, whole or cut: both choose alike, and wake fewer."""
 
 import json
 import os
@@ -48,6 +48,10 @@ def test_two_processes(family, tmp_path):
     assert first["active"][1] < first["active"][0]
     assert first["as_one_process"]
     assert first["detached"]
+    assert first["cut_exact"]
+    assert first["cut_as_one_process"]
+    assert first["cut_active"] == first["active"]
+    assert first["cut_refused"] == first["refused"]
     assert first == second  # the same rows go to the same experts
     # counted where they run: the prompt wakes what it woke, steps wake fewer on the two together, and both work
     layers = len(families.routers(families.shared(family)))
