@@ -72,6 +72,51 @@ def inspect(
     inspect_model(model, as_json)
 
 
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder of a model with its tokenizer, or `reference`.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Text to measure on: .jsonl with one example a line, or plain text.")
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", help="'NAME option=value ...', or a configuration file. May be given again."),
+    ] = None,
+    ranges: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="An option to go through, option=from:to or option=from:to:count."),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences of a decode batch.")] = 16,
+    columns: Annotated[int, typer.Option("--columns", min=2, help="Decode steps of each batch.")] = 64,
+    similar: Annotated[bool, typer.Option("--similar", help="Batches of one domain each, not mixed.")] = False,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often batches are formed anew.")] = 3,
+    batches: Annotated[int | None, typer.Option("--batches", min=1, help="Most batches of a seed.")] = None,
+    stress: Annotated[bool, typer.Option("--stress", help="Put prompts under the setting, too.")] = False,
+    questions: Annotated[
+        int, typer.Option("--questions", min=0, help="Examples with an answer to generate for, in true batches.")
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest generated answer.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what settings do to a model on your text, beside the controls."""
+    from lynx.cli.evaluate import run_eval
+    from lynx.measuring.evaluate import Protocol
+
+    if not strategy:
+        raise ConfigError("give at least one --strategy, for instance --strategy 'importance-threshold ratio=0.4'.")
+    protocol = Protocol(
+        batch=batch,
+        columns=columns,
+        mix="similar" if similar else "mixed",
+        seeds=tuple(range(seeds)),
+        most_batches=batches,
+        stress=stress,
+        questions=questions,
+        max_new_tokens=max_new_tokens,
+    )
+    run_eval(model, data, strategy, ranges or [], protocol, as_json)
+
+
 @app.command()
 def doctor(
     as_json: AsJson = False,

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lynx.cli.progress import progress_bar
 from lynx.demo import table
 from lynx.demo.run import FULL_PLAN, QUICK_PLAN, run, steps
 from lynx.errors import ConfigError
@@ -25,16 +25,8 @@ def run_demo(quick: bool, plot: bool, out: Path, as_json: bool) -> None:
     except OSError as error:
         raise ConfigError(f"cannot write to {str(out)!r}: {error}") from error
     plan = QUICK_PLAN if quick else FULL_PLAN
-    with Progress(
-        TextColumn("{task.description:34}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    ) as progress:
-        task = progress.add_task("loading", total=steps(plan))
-        results = run(plan, lambda what: progress.update(task, advance=1, description=what))
+    with progress_bar(steps(plan)) as advance:
+        results = run(plan, advance)
     paths = table.write(results, out)
     if plot:
         paths += drawing.plot(results, out)

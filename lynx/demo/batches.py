@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from lynx.measuring.batches import ForcedBatch, align
 from lynx.reference_model import Problem, ReferenceModel
 from lynx.reference_model.model import EOS_ID, PAD_ID
 
 Kind = Literal["mixed", "code", "problems"]
 KINDS: tuple[Kind, ...] = ("mixed", "code", "problems")
-
-
-@dataclass(frozen=True, slots=True)
-class ForcedBatch:
-    """Prompts with their true continuations, aligned so that every continuation starts in the same column.
-
-    Attributes:
-        ids: ``(B, L)`` tokens; prompts are padded on the left, continuations on the right.
-        mask: ``(B, L)``, 1 for tokens.
-        prompt_columns: Columns before the continuation.
-        scored: ``(B, L - 1)`` bool: places whose next token is predicted from a decode column and is a token.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    prompt_columns: int
-    scored: Tensor
-
-    @property
-    def positions(self) -> Tensor:
-        """``(B, L)`` positions that count tokens only, as ``generate`` does."""
-        return (self.mask.cumsum(-1) - 1).clamp_min(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +45,8 @@ def forced_batches(reference: ReferenceModel, kind: Kind, count: int, size: int,
         share = {"mixed": size // 2, "code": size, "problems": 0}[kind]
         rows = [next(code) for _ in range(share)] + [next(problems) for _ in range(size - share)]
         tokens = [[*text] if index < share else [*text, EOS_ID] for index, (_, text) in enumerate(rows)]
-        batches.append(_forced([prompt.encode() for prompt, _ in rows], tokens, columns))
+        cut = [row[:columns] for row in tokens]
+        batches.append(align([[*prompt.encode()] for prompt, _ in rows], cut, PAD_ID))
     return batches
 
 
@@ -86,16 +62,3 @@ def prompt_batches(
         chosen = {row: next(problems) for row in range(share, size)}
         batches.append(PromptBatch((*texts, *(problem.prompt for problem in chosen.values())), chosen))
     return batches
-
-
-def _forced(prompts: Sequence[bytes], continuations: Sequence[Sequence[int]], columns: int) -> ForcedBatch:
-    start = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), start + columns), PAD_ID)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-        end = start + min(len(continuation), columns)
-        ids[row, start - len(prompt) : start] = torch.tensor(list(prompt))
-        ids[row, start:end] = torch.tensor(list(continuation)[:columns])
-        mask[row, start - len(prompt) : end] = 1
-    scored = mask[:, 1:].bool() & (torch.arange(start + columns - 1) >= start)
-    return ForcedBatch(ids, mask, start, scored)

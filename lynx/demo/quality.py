@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from lynx.attachment import attach
-from lynx.demo.batches import ForcedBatch, PromptBatch
+from lynx.demo.batches import PromptBatch
 from lynx.demo.cache import as_argument
 from lynx.demo.settings import Setting
+from lynx.measuring.batches import ForcedBatch
+from lynx.measuring.intervals import wilson
 from lynx.reference_model import ReferenceModel
 from lynx.report import PhaseReport
 
@@ -71,10 +73,8 @@ class Answers:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the share."""
-        z, n, p = 1.959964, self.asked, self.share
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        estimate = wilson(self.right, self.asked)
+        return estimate.low, estimate.high
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from lynx.demo import speed
 from lynx.demo.batches import KINDS, Kind, forced_batches, prompt_batches
 from lynx.demo.quality import Answers, Forced, answers, forced_quality, prefill
 from lynx.demo.settings import EXACT, FULL, QUICK, Setting, label
+from lynx.measuring.origin import processor
 from lynx.reference_model import ReferenceModel, load_reference_model
 
 
@@ -132,7 +132,7 @@ def run(plan: Plan, advance: Callable[[str], None] = lambda what: None) -> Resul
     conditions = {
         "lynx": lynx.__version__,
         "torch": torch.__version__,
-        "processor": _processor(),
+        "processor": processor(),
         "threads": 1,
         "batch": plan.batch,
         "reference_model": {
@@ -231,14 +231,6 @@ def _timing_conditions(layers: int, plan: Plan) -> dict[str, Any] | str:
         "baseline": "exact routing with the same experts implementation (experts='lynx')",
         "alone": "the model without Lynx, with its default experts implementation (grouped_mm)",
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @contextmanager

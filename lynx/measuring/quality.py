@@ -1,0 +1,181 @@
+"""What a setting does to the model's distribution, on given text with the prompt exact."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lynx.attachment import attach
+from lynx.demo.cache import as_argument
+from lynx.measuring.batches import ForcedBatch
+from lynx.measuring.intervals import Estimate, bootstrap
+from lynx.report import PhaseReport
+
+
+@dataclass(slots=True)
+class Quality:
+    """What was measured of one setting; sums are over a sequence's scored places.
+
+    Attributes:
+        setting: The strategy and its options, or a configuration.
+        kl: ``(S,)`` sums of KL(exact || policy), in nats.
+        loss: ``(S,)`` sums of cross-entropy under the policy, in nats.
+        exact_loss: ``(S,)`` sums of cross-entropy of the model alone, in nats.
+        agree: ``(S,)`` places where both find the same token likeliest.
+        places: ``(S,)`` places scored.
+        layers: One report of the decode phase for every batch and layer.
+    """
+
+    setting: Any
+    kl: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    exact_loss: list[float] = field(default_factory=list)
+    agree: list[float] = field(default_factory=list)
+    places: list[float] = field(default_factory=list)
+    layers: list[list[PhaseReport]] = field(default_factory=list)
+
+    def mean(self, name: str) -> Estimate:
+        """Mean per place of ``kl``, ``loss``, ``exact_loss`` or ``agree``, with its interval over sequences."""
+        return bootstrap(torch.tensor(getattr(self, name)), torch.tensor(self.places))
+
+    @property
+    def kl_value(self) -> float:
+        """Mean KL per place, in nats."""
+        return math.fsum(self.kl) / math.fsum(self.places)
+
+    @property
+    def rise(self) -> Estimate:
+        """Rise of the cross-entropy over exact routing, in nats per place."""
+        difference = torch.tensor(self.loss, dtype=torch.float64) - torch.tensor(self.exact_loss, dtype=torch.float64)
+        return bootstrap(difference, torch.tensor(self.places))
+
+    def active(self, when: str = "after") -> list[float]:
+        """Mean active experts per decode step of each layer, ``before`` or ``after`` selection."""
+        return [_mean(reports, f"active_{when}", "steps") for reports in zip(*self.layers, strict=True)]
+
+    @property
+    def share(self) -> float:
+        """Active experts after selection by those before, over all layers."""
+        return math.fsum(self.active()) / math.fsum(self.active("before"))
+
+    @property
+    def kept_mass_mean(self) -> float:
+        """Mean share of a token's own weight that was kept."""
+        return _mean([report for batch in self.layers for report in batch], "kept_mass_mean", "open_rows")
+
+    @property
+    def kept_mass_worst(self) -> float:
+        """The worst token's share."""
+        return min(
+            (r.kept_mass_worst for batch in self.layers for r in batch if r.kept_mass_worst is not None), default=1.0
+        )
+
+
+def measure(
+    model: Any,
+    batches: Iterable[ForcedBatch],
+    settings: Sequence[Any],
+    advance: Callable[[], None] = lambda: None,
+    stress: bool = False,
+) -> list[Quality]:
+    """Run every setting on every batch, each column of continuation as one decode step of the batch.
+
+    Args:
+        model: A transformers causal language model, not attached.
+        batches: The text.
+        settings: What :func:`lynx.attach` takes: strategies or configurations.
+        advance: Called after each batch and setting.
+        stress: Put the prompts under the policy, too.
+    """
+    qualities = [Quality(setting) for setting in settings]
+    for batch in batches:
+        prompt = Prompted(model, batch, stress)
+        for quality in qualities:
+            prompt.score(quality)
+            advance()
+    return qualities
+
+
+class Prompted:
+    """A batch whose prompt the model alone has read, unless it is to be under the policy.
+
+    Args:
+        model: The model, not attached.
+        batch: The text.
+        stress: Leave the prompt to the policy.
+    """
+
+    def __init__(self, model: Any, batch: ForcedBatch, stress: bool = False) -> None:
+        self._model = model
+        device = model.device
+        self._batch = ForcedBatch(
+            batch.ids.to(device), batch.mask.to(device), batch.prompt_columns, batch.scored.to(device)
+        )
+        self._read = 0 if stress else batch.prompt_columns
+        with torch.inference_mode():
+            self._cache = self._prefill() if self._read else None
+            self._exact = self._log_probs()
+
+    def score(self, quality: Quality) -> None:
+        """Run the continuations under a setting and add what is found."""
+        batch = self._batch
+        with torch.inference_mode(), attach(self._model, quality.setting) as handle, handle.teacher_forced(0):
+            policy = self._log_probs()
+            quality.layers.append([layer.phases["decode"] for layer in handle.report().layers])
+        rows = batch.scored.nonzero()[:, 0]
+        targets = batch.ids[:, 1:][batch.scored].unsqueeze(-1)
+        exact = self._exact
+        sums = {
+            "kl": (exact.exp() * (exact - policy)).sum(-1),
+            "loss": -policy.gather(-1, targets).squeeze(-1),
+            "exact_loss": -exact.gather(-1, targets).squeeze(-1),
+            "agree": (policy.argmax(-1) == exact.argmax(-1)).float(),
+            "places": torch.ones(len(rows), device=rows.device),
+        }
+        for name, values in sums.items():
+            per_row = torch.zeros(len(batch.ids), dtype=torch.float64, device=rows.device)
+            getattr(quality, name).extend(per_row.index_add(0, rows, values.double()).tolist())
+
+    def _prefill(self) -> Any:
+        # imported here: transformers is loaded where there is a model of it, and only there
+        from transformers import DynamicCache
+
+        batch, prompt = self._batch, slice(self._read)
+        cache = DynamicCache(config=self._model.config)
+        self._model(
+            input_ids=batch.ids[:, prompt],
+            attention_mask=batch.mask[:, prompt],
+            position_ids=batch.positions[:, prompt],
+            **as_argument(cache, self._model),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return cache
+
+    def _log_probs(self) -> Tensor:
+        """``(N, V)`` log-probabilities at the scored places."""
+        batch, rest = self._batch, slice(self._read, None)
+        # the next setting starts from the same prompt
+        cached = {} if self._cache is None else as_argument(copy.deepcopy(self._cache), self._model)
+        logits = self._model(
+            input_ids=batch.ids[:, rest],
+            attention_mask=batch.mask,
+            position_ids=batch.positions[:, rest],
+            **cached,
+            use_cache=self._cache is not None,
+        ).logits
+        return torch.log_softmax(logits[:, :-1][batch.scored[:, rest]].float(), dim=-1)
+
+
+def _mean(reports: Sequence[PhaseReport], name: str, weight: str) -> float:
+    known = [
+        (getattr(report, name), getattr(report, weight)) for report in reports if getattr(report, name) is not None
+    ]
+    total = math.fsum(count for _, count in known)
+    return math.fsum(value * count for value, count in known) / total if total else math.nan
