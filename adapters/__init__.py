@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lynx.adapter import Adapter
+from lynx.adapters.pytorch.adapter import PytorchAdapter
 from lynx.adapters.sglang.adapter import SglangAdapter
 from lynx.adapters.transformers.adapter import TransformersAdapter
 from lynx.adapters.vllm.adapter import VllmAdapter
@@ -12,4 +13,4 @@ from lynx.hookspecs import hookimpl
 @hookimpl
 def lynx_adapters() -> list[Adapter]:
     """Return the built-in adapters."""
-    return [VllmAdapter(), SglangAdapter(), TransformersAdapter()]
+    return [VllmAdapter(), SglangAdapter(), TransformersAdapter(), PytorchAdapter()]

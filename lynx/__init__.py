@@ -14,16 +14,19 @@ _HOME = {
     "Handle": "lynx.handle",
     "Keep": "lynx.strategy",
     "Knob": "lynx.strategy",
-    "LayerFilter": "lynx.config",
+    "LayerFilter": "lynx.layers",
     "LayerInfo": "lynx.strategy",
     "LynxError": "lynx.errors",
     "LynxWarning": "lynx.errors",
+    "MoELayer": "lynx.layers",
+    "MoESpec": "lynx.layers",
     "Phase": "lynx.routing",
     "PluginError": "lynx.errors",
     "ReferenceModel": "lynx.reference_model",
     "Report": "lynx.report",
     "Role": "lynx.routing",
     "Routing": "lynx.routing",
+    "Selection": "lynx.functional",
     "SelectionStrategy": "lynx.strategy",
     "StrategyError": "lynx.errors",
     "UnsupportedModelError": "lynx.errors",
@@ -37,6 +40,8 @@ _HOME = {
     "load_reference_model": "lynx.reference_model",
     "make_strategy": "lynx.config",
     "prune": "lynx.attachment",
+    "select": "lynx.functional",
+    "step": "lynx.rows",
 }
 __all__ = [
     "AttachError",
@@ -49,12 +54,15 @@ __all__ = [
     "LayerInfo",
     "LynxError",
     "LynxWarning",
+    "MoELayer",
+    "MoESpec",
     "Phase",
     "PluginError",
     "ReferenceModel",
     "Report",
     "Role",
     "Routing",
+    "Selection",
     "SelectionStrategy",
     "StrategyError",
     "UnsupportedModelError",
@@ -69,11 +77,13 @@ __all__ = [
     "load_reference_model",
     "make_strategy",
     "prune",
+    "select",
+    "step",
 ]
 
 if TYPE_CHECKING:
     from lynx.attachment import attach, detach, handle_of, prune
-    from lynx.config import Config, LayerFilter, load_config, make_strategy
+    from lynx.config import Config, load_config, make_strategy
     from lynx.errors import (
         AttachError,
         ConfigError,
@@ -83,11 +93,14 @@ if TYPE_CHECKING:
         StrategyError,
         UnsupportedModelError,
     )
+    from lynx.functional import Selection, select
     from lynx.handle import Handle
     from lynx.hookspecs import hookimpl
+    from lynx.layers import LayerFilter, MoELayer, MoESpec
     from lynx.reference_model import ReferenceModel, load_reference_model
     from lynx.report import Report
     from lynx.routing import Phase, Role, Routing, WeightRule
+    from lynx.rows import step
     from lynx.strategy import Keep, Knob, LayerInfo, SelectionStrategy, Wrapper
 
 

@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from lynx.config import Config, LayerFilter, resolve_config
+from lynx.config import Config, resolve_config
 from lynx.errors import AttachError, ConfigError, LynxWarning, UnsupportedModelError
 from lynx.handle import Handle
+from lynx.layers import LayerFilter, MoESpec
 from lynx.log import logger
 from lynx.plugins import registry
 from lynx.selection import LayerSelection
@@ -54,7 +55,7 @@ def attach(model: nn.Module, strategy: Any = None, /, **options: Any) -> Handle:
         4
     """
     config = resolve_config(strategy, dict(options))
-    discovery = discover(model)
+    discovery = discover(model, config.layers if isinstance(config.layers, MoESpec) else None)
     layers = _chosen(discovery, config)
     selections = [(layer, LayerSelection(layer.info, config.strategy, config.min_tokens)) for layer in layers]
     previous = _handles.get(model)
@@ -134,16 +135,21 @@ def prune(strategy: Any = None, /, **options: Any) -> Callable[[_T], _T]:
     return decorate
 
 
-def discover(model: nn.Module) -> Discovery:
+def discover(model: nn.Module, spec: MoESpec | None = None) -> Discovery:
     """Find out what would be attached to, without changing anything.
+
+    Args:
+        model: The model.
+        spec: What its MoE blocks are made of, if they are written by hand and somebody says it.
 
     Raises:
         UnsupportedModelError: No adapter knows the model, or it has no MoE layer.
     """
     adapters = [adapter for adapter, _ in registry().adapters]
     for adapter in adapters:
-        if adapter.recognises(model):
-            discovery = adapter.discover(model)
+        describes = getattr(adapter, "discover_as", None) if spec is not None and isinstance(model, nn.Module) else None
+        if describes is not None or (spec is None and adapter.recognises(model)):
+            discovery: Discovery = adapter.discover(model) if describes is None else describes(model, spec)
             if not discovery.layers:
                 raise UnsupportedModelError(
                     f"{type(model).__name__} has no MoE layer that the {adapter.name} adapter knows. "

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from lynx.errors import ConfigError, did_you_mean
+from lynx.layers import LayerFilter, MoESpec
 from lynx.plugins import registry
 from lynx.strategy import BaseStrategy
 from lynx.validation import Options
@@ -42,28 +43,16 @@ AnyStrategy = Annotated[SerializeAsAny[BaseStrategy], BeforeValidator(make_strat
 """Field type for a nested strategy: takes whatever :func:`make_strategy` takes."""
 
 
-class LayerFilter(Options):
-    """Which MoE layers to attach to, by their index among the model's MoE layers or by module path."""
-
-    include: tuple[int | str, ...] = ()
-    exclude: tuple[int | str, ...] = ()
-
-    @classmethod
-    def described(cls) -> str:
-        """Return what error messages call this section."""
-        return "`layers`"
-
-    @model_validator(mode="after")
-    def _says_something(self) -> LayerFilter:
-        if not self.include and not self.exclude:
-            raise ValueError("`layers` needs `include` or `exclude`; to take every layer, say `layers: all`")
-        return self
-
-
 def _layers(value: Any) -> Any:
-    if value != "all" and not isinstance(value, (Mapping, LayerFilter)):
-        raise ConfigError("`layers` is `all`, or a mapping with lists under `include` or `exclude`.")
-    return value
+    if isinstance(value, LayerFilter) or value == "all":
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            "`layers` is `all`, a mapping with lists under `include` or `exclude`, or a description of hand-written "
+            "MoE blocks (lynx.MoESpec)."
+        )
+    described = any(key in MoESpec.model_fields and key not in LayerFilter.model_fields for key in value)
+    return (MoESpec if described else LayerFilter).build(value)
 
 
 class Config(Options):
@@ -73,14 +62,14 @@ class Config(Options):
         strategy: The selection strategy. A bare one acts on decode rows only.
         min_tokens: A batch of fewer OPEN rows is left exact.
         max_decode_q: Longest step on a filled cache that counts as decode, in tokens per sequence.
-        layers: ``all``, or include / exclude lists.
+        layers: ``all``, include / exclude lists, or what hand-written MoE blocks are made of (:class:`MoESpec`).
         experts: Which implementation runs the experts: the ``model``'s own, ``lynx``'s, or ``auto`` to choose.
     """
 
     strategy: AnyStrategy
     min_tokens: int = Field(2, ge=1)
     max_decode_q: int = Field(1, ge=1)
-    layers: Annotated[Literal["all"] | LayerFilter, BeforeValidator(_layers)] = "all"
+    layers: Annotated[Literal["all"] | SerializeAsAny[LayerFilter], BeforeValidator(_layers)] = "all"
     experts: Literal["auto", "model", "lynx"] = "auto"
 
     @classmethod

@@ -140,6 +140,25 @@ class Routing:
     def __post_init__(self, known: _Once | None) -> None:
         object.__setattr__(self, "_once", known if known is not None else _Once())
 
+    @classmethod
+    def of(
+        cls, logits: Tensor, ids: Tensor, weights: Tensor, rule: WeightRule | None = None, choice: Tensor | None = None
+    ) -> Routing:
+        """Return a router's decision as a router sees it: every row OPEN and in decode, until somebody knows better.
+
+        Args:
+            logits: ``(T, E)``.
+            ids: ``(T, k)``.
+            weights: ``(T, k)``.
+            rule: How the weights follow from the logits; softmax, renormalised, without one.
+            choice: ``(T, E)`` what experts are ranked by; the logits without one.
+        """
+        values = logits.float()
+        role = torch.full(ids.shape[:-1], int(Role.OPEN), dtype=torch.int8, device=ids.device)
+        phase = torch.full_like(role, int(Phase.DECODE))
+        ranked = values if choice is None else choice.float()
+        return cls(ranked, values, ids, weights, role, phase, rule or WeightRule())
+
     @property
     def _slots(self) -> Slots:
         # worked out when asked for: the fused kernel never does

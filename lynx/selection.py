@@ -32,6 +32,7 @@ class LayerSelection:
         self.counters = Counters()
         _check_protect(strategy, info)
         self.bound: BoundStrategy = strategy.bind(info)
+        self.inert: bool = getattr(getattr(self.bound, "sole", self.bound), "inert", False)
         self.exact_phases = tuple(phase for phase in Phase if not strategy.acts_on(phase))
         fused = fuse(strategy.name, self.bound, info, self.exact_phases, min_tokens)
         self.fused: FusedRoute | None = fused if isinstance(fused, FusedRoute) else None

@@ -92,6 +92,8 @@ class BaseStrategy(Options):
 
     name: str
     knob: ClassVar[Knob | None] = None
+    inert: ClassVar[bool] = False
+    """Whether it never changes anything: a host then runs its own code, bit for bit, where it would run another's."""
 
     @classmethod
     def described(cls) -> str:

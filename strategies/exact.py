@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lynx.keep import ByRatio
 from lynx.strategy import SelectionStrategy
@@ -15,6 +15,7 @@ class Exact(SelectionStrategy):
     """
 
     name: Literal["exact"] = "exact"
+    inert: ClassVar[bool] = True
 
     def rule(self) -> ByRatio:
         """Keep the union of all own experts, whatever their weight."""

@@ -1,0 +1,1 @@
+"""Lynx on MoE layers that are written by hand in PyTorch."""
