@@ -84,11 +84,10 @@ def find_blocks(model: nn.Module, spec: MoESpec) -> list[tuple[str, nn.Module]]:
                     f"{did_you_mean(pattern, [*modules, *kinds])} `blocks` are patterns of module paths or class names."
                 )
         return found
-    candidates = {
-        path: module
-        for path, module in modules.items()
-        if is_authored(module) or next(anatomies(module, spec), None) is not None
-    }
+    candidates = {path: module for path, module in modules.items() if is_authored(module) or _fits(module, spec)}
+    if not candidates and spec != MoESpec():
+        for _, module in find_blocks(model, MoESpec()):
+            list(anatomies(module, spec))  # says which name is not there
     # what holds a block is none: a layer whose width happens to be the number of experts looks like one
     inner = [
         path
@@ -112,6 +111,21 @@ def anatomies(block: nn.Module, spec: MoESpec) -> Iterator[Anatomy]:
             for stacked in stacks:
                 for named in _orientations(block, spec, stacked, width):
                     yield Anatomy(router, E, width, stacked=named)
+
+
+def _fits(module: nn.Module, spec: MoESpec) -> bool:
+    try:
+        return next(anatomies(module, spec), None) is not None
+    except ConfigError:  # a name that another kind of module does not have
+        return False
+
+
+def check_names(block: nn.Module, spec: MoESpec) -> None:
+    """Raise where a spec names parts that a block does not have."""
+    for name in filter(None, (*(spec.shared or ()), spec.shared_gate, spec.bias)):
+        if not _has(block, name):
+            known = [path for path, _ in [*block.named_children(), *block.named_parameters(), *block.named_buffers()]]
+            raise ConfigError(f"{type(block).__name__} has no {name!r}.{did_you_mean(name, known)}")
 
 
 def _is(path: str, module: nn.Module, pattern: str) -> bool:

@@ -9,11 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lynx.adapters.pytorch.anatomy import Anatomy, anatomies, at
-from lynx.adapters.pytorch.execution import ExpertModules, SlicedExperts, StackedExperts, formulas, inner
+from lynx.adapters.pytorch.anatomy import Anatomy, anatomies, at, check_names
+from lynx.adapters.pytorch.execution import (
+    ACTIVATIONS,
+    FORMULAS,
+    ExpertModules,
+    SlicedExperts,
+    StackedExperts,
+    formulas,
+    inner,
+)
 from lynx.adapters.pytorch.reading import BlockReading, Output, Unreadable
 from lynx.adapters.pytorch.routers import Router, read_router
 from lynx.adapters.pytorch.twin import Play, Stub, Watch, copied, drawn, stub_function
+from lynx.errors import ConfigError, did_you_mean
 from lynx.layers import MoESpec
 
 _SHAPES = ((4, 16), (64,))  # hand-written blocks take (B, q, H) or (T, H)
@@ -25,6 +34,12 @@ def read_block(block: nn.Module, spec: MoESpec) -> BlockReading:
     Raises:
         Unreadable: Nothing that it could be made of computes what it computes.
     """
+    check_names(block, spec)
+    if spec.activation and spec.activation not in FORMULAS | ACTIVATIONS:
+        known = [*FORMULAS, *ACTIVATIONS]
+        raise ConfigError(
+            f"no activation {spec.activation!r}.{did_you_mean(spec.activation, known)} There are: {', '.join(known)}."
+        )
     failures = []
     with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for anatomy in anatomies(block, spec):
@@ -79,11 +94,13 @@ class _Bench:
         if self.anatomy.stacked is None:
             experts: ExpertModules | StackedExperts | SlicedExperts = ExpertModules(str(self.anatomy.modules))
             dense = self._codes(base)
+            if not torch.equal(dense, self._codes(base)):
+                raise Unreadable(4, "its output is random, also in eval mode")
             router = self._router(dense, self.play.calls.get(self.anatomy.router))
         else:
             router, experts = self._stacked(base)
-        self._agrees(router)
         shared, shared_gate = self._shared(base)
+        self._agrees(router, shared, shared_gate)
         output = self._output(router)
         reading = BlockReading(self.anatomy, router, experts, shared, shared_gate, residual, output)
         self._verify(reading)
@@ -110,10 +127,7 @@ class _Bench:
         for leading in _SHAPES:
             self.leading = leading
             try:
-                base = self._call("zero", "zero")
-                if not torch.equal(base, self._call("zero", "zero")):
-                    raise Unreadable(1, "its output is random, also in eval mode")
-                return base
+                return self._call("zero", "zero")
             except Unreadable:
                 raise
             except Exception as fault:  # whatever an author's code raises
@@ -162,6 +176,8 @@ class _Bench:
         paired = base_up[:, torch.arange(columns) % size // 2]
         self._put_up(paired, paired)
         alike = self._call("zero", "zero") - base
+        if not torch.equal(alike, self._call("zero", "zero") - base):
+            raise Unreadable(4, "its output is random, also in eval mode")
         called = self.play.calls.get(self.anatomy.router)
         other = torch.randn(width, columns, generator=self.generator) * (3.0 / width**0.5)
         self._put_up(base_up, other)
@@ -215,6 +231,8 @@ class _Bench:
         modules = [path for path in calls if isinstance(at(self.twin, path), Stub)]
         gates = [path for path, answer in calls.items() if answer.shape[-1] == 1 and path not in modules]
         total = sum((calls[path] for path in modules), torch.zeros_like(seen))
+        if self.spec.shared_gate is not None:
+            gates = [self.spec.shared_gate] if self.spec.shared_gate in calls else []
         for gate in (None, *gates):
             expected = total if gate is None else torch.sigmoid(calls[gate]) * total
             if _close(seen, expected):
@@ -258,7 +276,7 @@ class _Bench:
         if not _close(found.reshape(expected.shape), expected):
             raise Unreadable(3, "put together from its parts, its output is not what it returns")
 
-    def _agrees(self, router: Router) -> None:
+    def _agrees(self, router: Router, shared: tuple[str, ...], shared_gate: str | None) -> None:
         """Raise where the spec says something else than the block does."""
         spec, rule = self.spec, router.rule
         found = {
@@ -270,6 +288,10 @@ class _Bench:
             "groups": router.choice.groups,
             "kept_groups": router.choice.kept_groups,
         }
+        if spec.shared is not None and set(spec.shared) != set(shared):
+            raise Unreadable(4, f"the spec says shared={list(spec.shared)}, but it runs {list(shared)}")
+        if spec.shared_gate is not None and spec.shared_gate != shared_gate:
+            raise Unreadable(4, f"the spec says shared_gate={spec.shared_gate!r}, but that is not what it does")
         if spec.score == "softmax_over_chosen" and rule.score == "softmax" and rule.renormalise:
             found["score"] = "softmax_over_chosen"
         for name, does in found.items():

@@ -220,8 +220,26 @@ def _choice(twin: nn.Module, spec: MoESpec, found: Answers, likely: Any, taken: 
             asked = replace(found, bias=None if bias is None else named[bias].float())
             if kept * (E // groups) < found.ids.shape[-1] or (E // groups < 2 <= groups):
                 continue
-            rule = choice_rule(asked, likely, bias, groups, kept)
+            said = spec.groups is not None and groups > 1
+            rule = (
+                _grouped(asked, likely, bias, groups, kept) if said else choice_rule(asked, likely, bias, groups, kept)
+            )
             if rule is not None:
+                return rule
+    return None
+
+
+def _grouped(found: Answers, likely: Any, bias: str | None, groups: int, kept: int) -> ChoiceRule | None:
+    """Find the rule among those with groups, which are said to be there.
+
+    Groups that never decide between a token's own experts still forbid others: nothing shows them but the spec.
+    """
+    own = found.ids.sort(-1).values
+    for kind in (likely, "softmax", "sigmoid", "sqrt_softplus", "logits"):
+        for by in ("top2-sum", "max"):
+            rule = ChoiceRule(kind, bias, groups, kept, by)
+            ranked = choice_scores(rule, found.logits, found.bias)
+            if torch.equal(ranked.topk(own.shape[-1], dim=-1).indices.sort(-1).values, own):
                 return rule
     return None
 

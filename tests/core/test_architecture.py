@@ -207,12 +207,15 @@ def test_the_public_names():
         "LayerInfo",
         "LynxError",
         "LynxWarning",
+        "MoELayer",
+        "MoESpec",
         "Phase",
         "PluginError",
         "ReferenceModel",
         "Report",
         "Role",
         "Routing",
+        "Selection",
         "SelectionStrategy",
         "StrategyError",
         "UnsupportedModelError",
@@ -227,6 +230,8 @@ def test_the_public_names():
         "load_reference_model",
         "make_strategy",
         "prune",
+        "select",
+        "step",
     ]
     assert lynx.testing.__all__ == ["ContractViolation", "check_strategy", "make_routing"]
     assert set(lynx._HOME) == set(lynx.__all__) - {"__version__"}
