@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from lynx.config import Config, resolve_config
-from lynx.errors import AttachError, ConfigError, LynxWarning, UnsupportedModelError
+from lynx.errors import AttachError, ConfigError, LynxWarning, PluginError, UnsupportedModelError
 from lynx.handle import Handle
 from lynx.layers import LayerFilter, MoESpec
 from lynx.log import logger
@@ -19,7 +19,7 @@ from lynx.plugins import registry
 from lynx.selection import LayerSelection
 
 if TYPE_CHECKING:
-    from lynx.adapter import Discovery, FoundLayer
+    from lynx.adapter import Adapter, Discovery, FoundLayer
 
 _T = TypeVar("_T")
 _handles: WeakKeyDictionary[nn.Module, Handle] = WeakKeyDictionary()
@@ -145,10 +145,10 @@ def discover(model: nn.Module, spec: MoESpec | None = None) -> Discovery:
     Raises:
         UnsupportedModelError: No adapter knows the model, or it has no MoE layer.
     """
-    adapters = [adapter for adapter, _ in registry().adapters]
-    for adapter in adapters:
+    adapters = registry().adapters
+    for adapter, package in adapters:
         describes = getattr(adapter, "discover_as", None) if spec is not None and isinstance(model, nn.Module) else None
-        if describes is not None or (spec is None and adapter.recognises(model)):
+        if describes is not None or (spec is None and _recognises(adapter, package, model)):
             discovery: Discovery = adapter.discover(model) if describes is None else describes(model, spec)
             if not discovery.layers:
                 raise UnsupportedModelError(
@@ -156,11 +156,23 @@ def discover(model: nn.Module, spec: MoESpec | None = None) -> Discovery:
                     f"Looked for: {discovery.looked_for}. Found: {_module_kinds(model)}."
                 )
             return discovery
-    names = ", ".join(adapter.name for adapter in adapters)
+    names = ", ".join(adapter.name for adapter, _ in adapters)
     raise UnsupportedModelError(
         f"no adapter takes a {type(model).__module__}.{type(model).__name__}. Adapters asked: {names}. "
         f"Found: {_module_kinds(model)}."
     )
+
+
+def _recognises(adapter: Adapter, package: str, model: nn.Module) -> bool:
+    """Ask an adapter; one that fails is passed over, as every model is put to every adapter of every plugin."""
+    try:
+        return adapter.recognises(model)
+    except Exception as error:
+        if registry().strict:
+            raise PluginError(f"adapter {adapter.name!r} of {package} failed to look at a model: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        logger.error("lynx.adapter_failed", adapter=adapter.name, package=package, reason=reason)
+        return False
 
 
 def _chosen(discovery: Discovery, config: Config) -> list[FoundLayer]:

@@ -46,8 +46,8 @@ class MoESpec(LayerFilter):
     Attributes:
         include: As in :class:`LayerFilter`.
         exclude: As in :class:`LayerFilter`.
-        blocks: Which modules are MoE blocks: patterns of module paths (``layers.*.moe``) or class names. Without one,
-            every module that holds a router beside experts.
+        blocks: Which modules are MoE blocks: patterns of module paths (``layers.*.moe``, where a star stands for one
+            part) or class names. Without one, every module that holds a router beside experts.
         router: The router: a module, or the weight matrix itself.
         experts: The ``ModuleList`` of expert modules.
         up: Stacked up projections ``(E, I, H)``, or ``(E, 2I, H)`` with the gate in them; or transposed.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = "lynx-moe"
 _BUILT_IN_PLUGINS = ("lynx.strategies", "lynx.adapters")
+_ADAPTER_PARTS = ("recognises", "discover", "prepare")
 _RESERVED_OPTIONS = frozenset({"strategy", "min_tokens", "max_decode_q", "layers", "experts"})
 
 
@@ -50,6 +51,7 @@ class Registry:
     """
 
     def __init__(self, found: list[EntryPoint], strict: bool = False) -> None:
+        self.strict = strict
         self.strategies: dict[str, RegisteredStrategy] = {}
         self.adapters: list[tuple[Adapter, str]] = []
         self.broken: list[BrokenPlugin] = []
@@ -100,6 +102,9 @@ class Registry:
                     raise PluginError(f"it registers strategy {key!r} twice")
                 strategies[key] = RegisteredStrategy(cls, package)
             adapters = [(adapter, package) for adapter in self._returned("lynx_adapters", plugin)]
+            names = [_checked_adapter(adapter, package) for adapter, _ in adapters]
+            if len(set(names)) < len(names):
+                raise PluginError(f"it registers an adapter twice: {', '.join(names)}")
             if not strategies and not adapters:
                 raise PluginError("it implements neither lynx_strategies() nor lynx_adapters()")
             for key in strategies.keys() & self.strategies.keys():
@@ -107,6 +112,12 @@ class Registry:
                     f"strategy {key!r} is registered by both {self.strategies[key].package} and {package}; "
                     "uninstall one of them or rename its strategy."
                 )
+            for adapter, other in self.adapters:
+                if adapter.name in names:
+                    raise _DuplicateName(
+                        f"adapter {adapter.name!r} is registered by both {other} and {package}; "
+                        "uninstall one of them or rename its adapter."
+                    )
         except BaseException:
             self._pluggy.unregister(plugin)
             raise
@@ -135,6 +146,17 @@ def _checked(cls: Any, package: str) -> str:
     clash = _RESERVED_OPTIONS & cls.model_fields.keys()
     if clash:
         raise PluginError(f"strategy {name!r} has options that attach() takes itself: {', '.join(sorted(clash))}")
+    return name
+
+
+def _checked_adapter(adapter: Any, package: str) -> str:
+    """Return the name of an adapter, or raise where it lacks what every attach needs."""
+    name = getattr(adapter, "name", None)
+    if isinstance(adapter, type) or not isinstance(name, str) or not name:
+        raise PluginError(f"{package} returned {adapter!r}, which is no adapter: an object with a name")
+    missing = [part for part in _ADAPTER_PARTS if not callable(getattr(adapter, part, None))]
+    if missing:
+        raise PluginError(f"adapter {name!r} has no {', '.join(f'{part}()' for part in missing)}")
     return name
 
 

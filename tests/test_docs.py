@@ -18,6 +18,7 @@ import yaml
 
 import lynx
 from lynx import hookspecs
+from lynx.adapter import Adapter, Installation
 from lynx.cli import app
 from lynx.demo.table import _COLUMNS
 from lynx.plugins import BUILT_IN, registry
@@ -197,6 +198,17 @@ def test_hooks_are_documented_with_their_arguments() -> None:
     assert sorted(headings) == sorted(expected)
     for name in hooks:
         assert f"::: lynx.hookspecs.{name}\n" in _text(DOCS / "reference" / "hooks.md")
+
+
+@pytest.mark.parametrize(
+    ("header", "interface"), [("method of the adapter", Adapter), ("method of the installation", Installation)]
+)
+def test_interfaces_of_adapters_are_documented_with_their_arguments(header: str, interface: type) -> None:
+    methods = {
+        name: member for name, member in vars(interface).items() if inspect.isfunction(member) and name[0] != "_"
+    }
+    expected = [f"{name}({', '.join([*inspect.signature(method).parameters][1:])})" for name, method in methods.items()]
+    assert [row[0] for row in _table(_text(DOCS / "write-an-adapter.md"), header)] == expected
 
 
 def test_environment_variables_are_documented() -> None:

@@ -129,7 +129,9 @@ def check_names(block: nn.Module, spec: MoESpec) -> None:
 
 
 def _is(path: str, module: nn.Module, pattern: str) -> bool:
-    return fnmatchcase(path, pattern) or type(module).__name__ == pattern
+    parts, asked = path.split("."), pattern.split(".")  # a star stands for one part of a path, not for several
+    fits = len(parts) == len(asked) and all(fnmatchcase(part, each) for part, each in zip(parts, asked, strict=True))
+    return fits or type(module).__name__ == pattern
 
 
 def _module_lists(block: nn.Module, spec: MoESpec) -> Iterator[tuple[str, nn.ModuleList]]:

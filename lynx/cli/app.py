@@ -63,13 +63,18 @@ def strategies(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder or config.json of a model, or `reference`.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder or config.json of a model, `module:function` that makes one, or `reference`.")
+    ],
     as_json: AsJson = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Configuration whose `layers` describe hand-written MoE blocks.")
+    ] = None,
 ) -> None:
     """Show what would be attached to in a model, and why not; builds it without its weights."""
     from lynx.cli.inspect import inspect_model
 
-    inspect_model(model, as_json)
+    inspect_model(model, as_json, config)
 
 
 @app.command(name="eval")

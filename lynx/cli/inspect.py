@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import sys
 from dataclasses import asdict
 from importlib.resources import as_file, files
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +17,23 @@ from rich.table import Table
 
 from lynx.adapter import Discovery, FoundLayer
 from lynx.attachment import discover
-from lynx.errors import ConfigError, UnsupportedModelError
+from lynx.config import load_config
+from lynx.errors import ConfigError, UnsupportedModelError, did_you_mean
+from lynx.layers import MoESpec
 
 
-def inspect_model(source: str, as_json: bool) -> None:
+def inspect_model(source: str, as_json: bool, config: Path | None = None) -> None:
     """Print the MoE layers of a model; exit with 1 if it could not be attached to."""
+    layers = None if config is None else load_config(config).layers
+    where, colon, name = source.rpartition(":")
     if source == "reference":
         with as_file(files("lynx.reference_model")) as folder:
             model = _without_weights(Path(folder))
+    elif colon and name.isidentifier() and not Path(source).exists():
+        model = _built(where, name)
     else:
         model = _without_weights(Path(source))
-    found = discover(model)
+    found = discover(model, layers if isinstance(layers, MoESpec) else None)
     if as_json:
         print(json.dumps(_plain(found, model), indent=2))
     else:
@@ -52,6 +62,43 @@ def _without_weights(path: Path) -> Any:
     auto: Any = AutoModelForCausalLM if causal else AutoModel
     with torch.device("meta"):
         return auto.from_config(config).eval()
+
+
+def _built(where: str, name: str) -> Any:
+    """Call a function of one's own that makes a model: on the meta device, and for real if it cannot be made there."""
+    import torch
+    from torch import nn
+
+    try:
+        if where.endswith(".py"):
+            found = importlib.util.spec_from_file_location(Path(where).stem, where)
+            assert found is not None
+            assert found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            sys.modules[found.name] = module  # dataclasses look there
+            found.loader.exec_module(module)
+        else:
+            if "" not in sys.path:
+                sys.path.insert(0, "")
+            module = importlib.import_module(where)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise ConfigError(f"cannot import {where!r}: {error}") from error
+    build = getattr(module, name, None)
+    if not callable(build):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(f"{where!r} has no function {name!r}.{did_you_mean(name, known)}")
+    if isinstance(build, nn.Module):
+        return build
+    if any(each.default is each.empty and each.kind not in (2, 4) for each in signature(build).parameters.values()):
+        raise ConfigError(f"{name}() takes arguments; write a function without any that makes the model.")
+    try:
+        with torch.device("meta"):
+            model = build()
+    except (NotImplementedError, RuntimeError):  # it reads a value
+        model = build()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name}() returned {type(model).__name__}; it needs to return a model.")
+    return model.eval()
 
 
 def _rule(layer: FoundLayer) -> str:

@@ -1,7 +1,9 @@
 """Hand-written MoE models: found, read, selected for, run and left as they were."""
 
 import copy
+import gc
 import pickle
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -255,6 +257,16 @@ def test_copies_and_pickles_are_models_of_their_own(model, step):
             assert not torch.equal(twin(step), pruned)
         assert torch.equal(model(step), pruned)
     assert torch.equal(model(step), alone)
+
+
+def test_nothing_keeps_the_model_alive(name, step):
+    model = build(name)
+    lynx.attach(model, "batch-union", top=1)
+    model(step)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_decorator(name, step):

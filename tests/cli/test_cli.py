@@ -148,6 +148,72 @@ def test_inspect_says_why_not(run: Runs, tmp_path: Path) -> None:
     assert "LlamaMLP" in process.stderr
 
 
+HAND_WRITTEN = """
+import torch
+from torch import nn
+
+class MoE(nn.Module):
+    def __init__(self, k=2):
+        super().__init__()
+        self.k = k
+        self.gate = nn.Linear(32, 8)
+        self.experts = nn.ModuleList([nn.Linear(32, 32) for _ in range(8)])
+
+    def forward(self, x):
+        rows = x.reshape(-1, 32)
+        weights, ids = self.gate(rows).sigmoid().topk(self.k, dim=-1)
+        out = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out[token] += weights[token, slot, None] * expert(rows[token])
+        return out.view_as(x)
+
+def build():
+    return nn.Sequential(MoE(), MoE(3))
+
+def reads():
+    return nn.Sequential(MoE(int(torch.ones(()).item()) + 1))
+
+def number():
+    return 3
+
+def sized(width):
+    return nn.Linear(width, width)
+"""
+
+
+def test_inspect_a_hand_written_model(run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "handmade.py").write_text(HAND_WRITTEN)
+    for source in ("handmade.py:build", "handmade:build"):
+        found = json.loads(run("inspect", source, "--json").stdout)
+        assert (found["adapter"], found["experts"]) == ("pytorch", "the model's own modules")
+        assert [layer["top_k"] for layer in found["layers"]] == [2, 3]
+        first = found["layers"][0]
+        assert first["rule"] == {"score": "sigmoid", "renormalise": False, "scale": 1.0, "repick": True}
+        assert first["notes"][:2] == ["router `gate`", "8 modules in `experts`"]
+    assert "8 modules in" in run("inspect", "handmade.py:build").stdout
+    (tmp_path / "lynx.yaml").write_text("strategy: exact\nlayers: {blocks: '1', score: softmax}\n")
+    process = run("inspect", "handmade.py:build", "--config", "lynx.yaml", code=1)
+    assert "the spec says score='softmax', but the block does score='sigmoid'" in process.stderr
+    assert json.loads(run("inspect", "handmade.py:reads", "--json").stdout)["layers"][0]["top_k"] == 2
+    monkeypatch.delitem(sys.modules, "handmade")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("handmade.py:biuld", "has no function 'biuld'. Did you mean 'build'?"),
+        ("handmade.py:number", "number() returned int"),
+        ("handmade.py:sized", "sized() takes arguments"),
+        ("gone.py:build", "cannot import 'gone.py'"),
+        ("gone_module:build", "cannot import 'gone_module'"),
+    ],
+)
+def test_inspect_what_makes_no_model(run: Runs, tmp_path: Path, source: str, reason: str) -> None:
+    (tmp_path / "handmade.py").write_text(HAND_WRITTEN)
+    assert reason in " ".join(run("inspect", source, code=2).stderr.split())
+
+
 def test_inspect_missing_folder_is_misuse(run: Runs) -> None:
     assert "does not exist" in run("inspect", "nowhere", code=2).stderr
 
@@ -156,7 +222,7 @@ def test_doctor(run: Runs) -> None:
     facts = json.loads(run("doctor", "--json").stdout)
     assert facts["versions"]["lynx-moe"] == lynx.__version__
     assert facts["strategies"]["batch-union"] == "lynx-moe"
-    assert facts["adapters"] == dict.fromkeys(("vllm", "sglang", "transformers"), "lynx-moe")
+    assert facts["adapters"] == dict.fromkeys(("vllm", "sglang", "transformers", "pytorch"), "lynx-moe")
     assert any(name.startswith("experts on cpu") for name in facts["execution paths"])
     markdown = run("doctor", "--markdown").stdout
     assert markdown.startswith("### versions")

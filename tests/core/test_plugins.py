@@ -1,15 +1,19 @@
 """The plugin registry: what a third party may do wrong, and how it is told."""
 
+import ast
+import inspect
 import logging
 import sys
 import types
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
 import lynx
-from lynx import hookimpl, plugins
+from lynx import attachment, hookimpl, hookspecs, plugins
 from lynx.plugins import BUILT_IN, Registry
 
 
@@ -70,8 +74,25 @@ def test_a_third_partys_strategy_is_found_by_name(plug):
     assert ("lynx-mine:mine", "lynx-mine") in registry.plugins
 
 
+class Mine:
+    """An adapter that takes nothing."""
+
+    def __init__(self, name="mine", fault=None):
+        self.name, self.fault = name, fault
+
+    def recognises(self, model):
+        if self.fault is not None:
+            raise self.fault
+        return False
+
+    def discover(self, model):
+        raise AssertionError("it recognised nothing")
+
+    prepare = discover
+
+
 def test_third_party_adapters_are_asked_first(plug):
-    adapter = object()
+    adapter = Mine()
     registry = Registry([plug("lynx-mine", lynx_adapters=[adapter])])
     assert registry.adapters[0] == (adapter, "lynx-mine")
     assert len(registry.adapters) > 1
@@ -87,8 +108,28 @@ class TestBroken:
             ({}, "neither lynx_strategies() nor lynx_adapters()"),
             ({"lynx_strategies": []}, "neither lynx_strategies() nor lynx_adapters()"),
             ({"lynx_stratagems": []}, "lynx_stratagems"),
+            ({"lynx_adapters": RuntimeError("no luck")}, "RuntimeError: no luck"),
+            ({"lynx_adapters": [object()]}, "which is no adapter"),
+            ({"lynx_adapters": [Mine]}, "which is no adapter"),
+            (
+                {"lynx_adapters": [types.SimpleNamespace(name="half")]},
+                "'half' has no recognises(), discover(), prepare()",
+            ),
+            ({"lynx_adapters": [Mine(), Mine()]}, "it registers an adapter twice"),
         ],
-        ids=["raises", "no-strategy", "a-name", "no-hooks", "nothing", "unknown-hook"],
+        ids=[
+            "raises",
+            "no-strategy",
+            "a-name",
+            "no-hooks",
+            "nothing",
+            "unknown-hook",
+            "adapters-raise",
+            "no-adapter",
+            "a-class",
+            "half-an-adapter",
+            "twice",
+        ],
     )
     def test_it_is_reported_and_breaks_nothing_else(self, plug, hooks, reason, caplog):
         bad = plug("lynx-bad", **hooks)
@@ -167,11 +208,64 @@ class TestDuplicates:
         with pytest.raises(lynx.PluginError, match=f"'batch-union' is registered by both {BUILT_IN} and lynx-mine"):
             Registry([mine])
 
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_two_adapters_with_one_name(self, plug, strict):
+        first, second = plug("lynx-one", lynx_adapters=[Mine("same")]), plug("lynx-two", lynx_adapters=[Mine("same")])
+        with pytest.raises(lynx.PluginError, match="adapter 'same' is registered by both lynx-one and lynx-two"):
+            Registry([first, second], strict)
+        taken = plug("lynx-three", lynx_adapters=[Mine("transformers")])
+        with pytest.raises(lynx.PluginError, match=f"'transformers' is registered by both {BUILT_IN} and lynx-three"):
+            Registry([taken], strict)
+
     def test_one_package_with_one_name_twice(self, plug):
         mine = plug("lynx-mine", lynx_strategies=[strategy("same"), strategy("same")])
         registry = Registry([mine])
         assert registry.broken[0].reason == "PluginError: it registers strategy 'same' twice"
         assert "same" not in registry.strategies
+
+
+class TestAdapterThatFails:
+    """Every model is put to every plugin's adapters: one that cannot look at it is not in the way."""
+
+    @pytest.fixture
+    def installed(self, plug, monkeypatch):
+        def installed(strict):
+            made = Registry([plug("lynx-mine", lynx_adapters=[Mine(fault=ValueError("not like this"))])], strict)
+            monkeypatch.setattr(attachment, "registry", lambda: made)
+
+        return installed
+
+    def test_it_is_passed_over_and_told(self, installed, caplog):
+        installed(strict=False)
+        with caplog.at_level(logging.ERROR, "lynx"), lynx.attach(lynx.load_reference_model().model, "exact") as handle:
+            assert handle.adapter == "transformers"
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            "lynx.adapter_failed adapter=mine package=lynx-mine reason=ValueError: not like this"
+        )
+
+    def test_strict_mode_raises(self, installed):
+        installed(strict=True)
+        with pytest.raises(lynx.PluginError, match="adapter 'mine' of lynx-mine failed to look at a model: not like"):
+            lynx.attach(torch.nn.Linear(2, 2), "exact")
+
+
+def test_every_hook_has_a_test():
+    """Each hook is implemented by a plugin of some test here, which does more than fail."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    tests = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    given = {
+        keyword.arg
+        for test in tests
+        for call in ast.walk(test)
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+    }
+    hooks = {name for name in vars(hookspecs) if name.startswith("lynx_")}
+    assert hooks
+    assert hooks <= given
+    for name in hooks:
+        assert inspect.getdoc(getattr(hookspecs, name))
 
 
 def test_the_registry_is_loaded_once():
