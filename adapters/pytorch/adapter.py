@@ -15,9 +15,9 @@ from torch import nn
 from lynx.adapter import Discovery, FoundLayer, Installation
 from lynx.adapters.pytorch.anatomy import LOOKED_FOR, expert_bytes, find_blocks, is_authored
 from lynx.adapters.pytorch.authored import AuthoredReading, read_authored
-from lynx.adapters.pytorch.bench import read_block
 from lynx.adapters.pytorch.block import BlockForward, Shared, standing_in
 from lynx.adapters.pytorch.execution import ExpertModules, SlicedExperts, StackedExperts
+from lynx.adapters.pytorch.reader import read_block
 from lynx.adapters.pytorch.reading import BlockReading, Unreadable
 from lynx.adapters.pytorch.verify import hold_against
 from lynx.config import Config

@@ -16,14 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+CODE = 1024.0  # large beside what a block may add, so that little is rounded away
+
 
 @dataclass(slots=True)
 class Play:
     """What the stubs of one twin do at the moment.
 
     Attributes:
-        experts: ``zero`` gives 0, ``code`` gives expert ``first + j`` the j-th unit vector, ``act`` a function of its
-            input that no other expert has.
+        experts: ``zero`` gives 0, ``code`` gives expert ``first + j`` the j-th unit vector times ``CODE``,
+            ``act`` a function of its input that no other expert has.
         first: The first expert that has a code.
         shared: What the other modules give: ``zero`` or ``act``.
         calls: What every watched module was called with and answered, by its path.
@@ -58,7 +60,7 @@ class Stub(nn.Module):
         elif role == "code" and self.expert is not None:
             place = self.expert - self.play.first
             if 0 <= place < hidden.shape[-1]:
-                output[..., place] = 1.0
+                output[..., place] = CODE
         if self.expert is None:
             self.play.calls[self.path] = (hidden, output)
         return output

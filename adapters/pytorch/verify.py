@@ -31,24 +31,36 @@ def hold_against(block: nn.Module, reading: Reading, hidden_size: int) -> tuple[
     twin = copied(block, _own)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, _ROWS // 2, hidden_size, generator=generator, device="cpu").to(like)
-    faults: list[Exception] = []
-    for given in (hidden, hidden.reshape(_ROWS, -1)):
+    wide = (hidden, hidden.reshape(_ROWS, 1, -1))  # more than one token, and one for each sequence
+    try:
+        for given in wide:
+            _compare(twin, reading, given)
+    except _CannotRun as fault:
         try:
-            with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-                expected, found = _main(twin(given)), _main(_forward(reading, twin, given))
-        except Exception as fault:  # whatever an author's code raises
-            faults.append(fault)
-            continue
-        if expected.shape != found.shape:
-            raise Unreadable(5, f"it returns {tuple(expected.shape)} where its reading returns {tuple(found.shape)}")
-        apart = (expected - found).double().reshape(_ROWS, -1).norm(dim=-1)
-        size = expected.double().reshape(_ROWS, -1).norm(dim=-1)
-        off = apart > _TOLERANCE.get(like.dtype, 6e-2) * size + 1e-12
-        # a row may tie between two experts in a short type; one row in four is no tie
-        if int(off.sum()) > (0 if like.dtype in (torch.float32, torch.float64) else _ROWS // 4):
-            raise Unreadable(5, f"put together from its parts, its output differs in {int(off.sum())} of {_ROWS} rows")
-        return ()
-    raise Unreadable(5, f"its parts cannot be run: {type(faults[0]).__name__}: {faults[0]}") from faults[0]
+            _compare(twin, reading, hidden.reshape(_ROWS, -1))
+        except _CannotRun:
+            raise Unreadable(5, f"its parts cannot be run: {fault}") from fault.__cause__
+    return ()
+
+
+class _CannotRun(Exception):
+    """A block does not take hidden states of this shape."""
+
+
+def _compare(twin: nn.Module, reading: Reading, given: Tensor) -> None:
+    try:
+        with torch.no_grad(), torch.autocast(given.device.type, enabled=False):
+            expected, found = _main(twin(given.clone())), _main(_forward(reading, twin, given))
+    except Exception as fault:  # whatever an author's code raises
+        raise _CannotRun(f"{type(fault).__name__}: {fault}") from fault
+    if expected.shape != found.shape:
+        raise Unreadable(5, f"it returns {tuple(expected.shape)} where its reading returns {tuple(found.shape)}")
+    apart = (expected - found).double().reshape(_ROWS, -1).norm(dim=-1)
+    size = expected.double().reshape(_ROWS, -1).norm(dim=-1)
+    off = ~(apart <= _TOLERANCE.get(given.dtype, 6e-2) * size + 1e-12)
+    # a row may tie between two experts in a short type; one row in four is no tie
+    if int(off.sum()) > (0 if given.dtype in (torch.float32, torch.float64) else _ROWS // 4):
+        raise Unreadable(5, f"put together from its parts, its output differs in {int(off.sum())} of {_ROWS} rows")
 
 
 def _forward(reading: Reading, twin: nn.Module, hidden: Tensor) -> Any:

@@ -184,6 +184,32 @@ class BiasedMoE(nn.Module):
         return out.view(batch, length, dim), router_logits
 
 
+class Loop(nn.Module):
+    """A base for variants: experts, a linear router, and a loop over what `decide` gives."""
+
+    def __init__(self, dim=HIDDEN, k=2):
+        super().__init__()
+        self.k = k
+        self.router = nn.Linear(dim, EXPERTS, bias=True)
+        self.experts = nn.ModuleList([SwiGLU(dim, dim) for _ in range(EXPERTS)])
+
+    def decide(self, logits):
+        top, ids = logits.softmax(-1).topk(self.k, dim=-1)
+        return top / top.sum(-1, keepdim=True), ids
+
+    def mixed(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        weights, ids = self.decide(self.router(flat))
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out[token] += weights[token, slot, None] * expert(flat[token])
+        return out.view_as(x)
+
+    def forward(self, x):
+        return self.mixed(x)
+
+
 class Layer(nn.Module):
     def __init__(self, moe, dim):
         super().__init__()
