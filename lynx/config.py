@@ -48,8 +48,8 @@ def _layers(value: Any) -> Any:
         return value
     if not isinstance(value, Mapping):
         raise ConfigError(
-            "`layers` is `all`, a mapping with lists under `include` or `exclude`, or a description of hand-written "
-            "MoE blocks (lynx.MoESpec)."
+            "`layers` is `all`, or a mapping with lists under `include` or `exclude`, or with what hand-written MoE "
+            "blocks are made of (lynx.MoESpec)."
         )
     described = any(key in MoESpec.model_fields and key not in LayerFilter.model_fields for key in value)
     return (MoESpec if described else LayerFilter).build(value)

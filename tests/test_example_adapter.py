@@ -131,9 +131,5 @@ def test_it_selects(run):
     assert run(BUILD + SELECTS) == "selected\n"
 
 
-def test_it_refuses_and_keeps_nothing_alive(run):
-    assert run(BUILD + PLAIN + REFUSES + FORGETS) == "forgotten\n"
-
-
-def test_it_loads_no_framework_that_is_not_used(run):
-    assert run(UNLOADED) == "not loaded\n"
+def test_it_loads_no_framework_that_is_not_used_refuses_and_keeps_nothing_alive(run):
+    assert run(UNLOADED + BUILD + PLAIN + REFUSES + FORGETS) == "not loaded\nforgotten\n"

@@ -302,8 +302,8 @@ def test_in_training_mode_it_is_off(model, step):
     assert not torch.equal(model.eval()(step), build_like(model)(step))
 
 
-def test_compiled_whole(model, step):
-    counter = CompileCounter()
+def test_compiled_whole(name, step):
+    model, counter = build(name, layers=1), CompileCounter()
     with lynx.attach(model, "batch-union", top=1) as handle:
         expected = model(step)
         compiled = torch.compile(model, fullgraph=True, backend=counter)

@@ -60,6 +60,23 @@ class TestRoundTrip:
         }
         assert (tmp_path / "lynx.yaml").read_text().startswith("strategy:\n  name: batch-union\n")
 
+    @pytest.mark.parametrize(
+        "layers",
+        [
+            lynx.MoESpec(),
+            lynx.MoESpec(router="gate", shared="shared_expert", top_k=2),
+            {"blocks": "layers.*.moe", "exclude": [1], "up": "w_in", "down": "w_out", "score": "sigmoid"},
+        ],
+        ids=["nothing", "an-object", "a-mapping"],
+    )
+    @pytest.mark.parametrize("suffix", ["yaml", "json"])
+    def test_descriptions_of_blocks(self, layers, suffix, tmp_path):
+        config = Config(strategy=lynx.make_strategy("exact"), layers=layers)
+        assert type(config.layers) is lynx.MoESpec
+        assert lynx.MoESpec(shared="a", blocks="b") == lynx.MoESpec(shared=["a"], blocks=("b",))
+        config.save(tmp_path / f"lynx.{suffix}")
+        assert lynx.load_config(tmp_path / f"lynx.{suffix}") == config
+
     def test_nested_strategies_keep_their_options(self):
         config = lynx.load_config({"strategy": NESTED})
         assert config.strategy.prefill.strategies[1].budget == 12

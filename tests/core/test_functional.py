@@ -1,11 +1,14 @@
 """`lynx.select`: ids and weights for one's own forward, as the core decides them, whole under `torch.compile`."""
 
+import threading
+
 import pytest
 import torch
 from support import assert_same
 from torch._dynamo.testing import CompileCounter
 
 import lynx
+from lynx import rows
 from lynx.routing import Phase, Role, Routing, WeightRule
 from lynx.rows import Step, current_step, read_rows
 from lynx.selection import LayerSelection
@@ -171,12 +174,35 @@ def test_steps_nest_and_end():
     assert current_step() is None
 
 
+def test_compiled_code_sees_no_step_where_threads_differ():
+    """It reads one place for the whole process, as Dynamo guards no other; so it must not read another thread's."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold(phase):
+        with lynx.step(phase):
+            entered.set()
+            leave.wait(10)
+
+    for phase, seen in (("prefill", None), ("decode", "decode")):
+        thread = threading.Thread(target=hold, args=(phase,))
+        thread.start()
+        entered.wait(10)
+        with lynx.step("decode"):
+            assert getattr(rows._compiled.step, "phase", None) == seen
+            assert current_step().phase == "decode"
+        leave.set()
+        thread.join()
+        entered.clear()
+        leave.clear()
+        assert rows._compiled.step is None
+
+
 def test_rows_of_sequences_and_of_tokens():
     said = Step(torch.tensor([0, 1]), valid=torch.tensor([[True, True, False], [True, True, True]]))
-    rows = read_rows((2, 3), torch.device("cpu"), 1, said)
-    assert rows.phase.tolist() == [Phase.PREFILL] * 3 + [Phase.DECODE] * 3
-    assert rows.role.tolist() == [Role.OPEN, Role.OPEN, Role.PADDING, Role.OPEN, Role.OPEN, Role.OPEN]
-    assert not rows.all_prefill
+    found = read_rows((2, 3), torch.device("cpu"), 1, said)
+    assert found.phase.tolist() == [Phase.PREFILL] * 3 + [Phase.DECODE] * 3
+    assert found.role.tolist() == [Role.OPEN, Role.OPEN, Role.PADDING, Role.OPEN, Role.OPEN, Role.OPEN]
+    assert not found.all_prefill
     assert read_rows((6,), torch.device("cpu")) is None
     assert read_rows((2, 3), torch.device("cpu")).all_prefill
     assert not read_rows((2, 3), torch.device("cpu"), 3).all_prefill
