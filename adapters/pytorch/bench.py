@@ -79,7 +79,9 @@ class Bench:
                 raise
             except Exception as fault:  # whatever an author's code raises
                 faults.append(fault)
-        raise Unreadable(0, f"it cannot be called with hidden states alone: {type(faults[0]).__name__}: {faults[0]}")
+        first = faults[0]
+        what = "it does not run on hidden states alone, with stand-ins for its experts"
+        raise Unreadable(0, f"{what}: {type(first).__name__}: {first}")
 
     def codes(self, base: Tensor) -> Tensor:
         """Read the combine weights ``(T, E)``: every expert answers with a unit vector of its own."""

@@ -48,6 +48,8 @@ def read_block(block: nn.Module, spec: MoESpec) -> BlockReading:
                 return reading
             except Unreadable as failure:
                 failures.append(failure)
+            except Exception as fault:  # whatever an author's code raises
+                failures.append(Unreadable(1, f"it failed while it was read: {type(fault).__name__}: {fault}"))
     if not failures:
         raise Unreadable(0, "no router was found beside experts; name them in lynx.MoESpec")
     raise max(failures, key=lambda failure: failure.depth)

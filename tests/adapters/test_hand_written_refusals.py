@@ -82,6 +82,30 @@ class TwoInputs(Loop):
         return self.mixed(x) * mask
 
 
+class Inside(Loop):
+    """Reads its experts' weights instead of calling them."""
+
+    def forward(self, x):
+        return self.mixed(x) + self.experts[0].w1.weight.sum() * 0.0
+
+
+class Uncopied(Loop):
+    """Cannot be copied."""
+
+    def __copy__(self):
+        raise TypeError("not this one")
+
+
+class Brittle(Loop):
+    """Fails on some values."""
+
+    def forward(self, x):
+        out = self.mixed(x)
+        if out.abs().max() > 100:
+            raise OverflowError("too large")
+        return out
+
+
 class Loss(Loop):
     """Returns a number that depends on the batch."""
 
@@ -146,7 +170,10 @@ REFUSED = {
     NormAfter: "",
     Squared: "is not known",
     InputScaled: "is not known",
-    TwoInputs: "cannot be called with hidden states alone",
+    TwoInputs: "does not run on hidden states alone",
+    Inside: "'Stub' object has no attribute 'w1'",
+    Uncopied: "it failed while it was read: TypeError: not this one",
+    Brittle: "it failed while it was read: OverflowError: too large",
     Loss: "item 1 of what it returns is neither its router logits nor a constant",
     Counts: "item 1 of what it returns is neither its router logits nor a constant",
     OtherInDecode: "its output differs in 8 of 8 rows",
