@@ -40,12 +40,14 @@ class Discovery:
         layers: The MoE layers, in the order in which they run.
         looked_for: What the adapter looked for, for the error message.
         experts: How the experts would run, in words.
+        notes: What a user should know of the model as a whole, for ``lynx inspect``.
     """
 
     adapter: Adapter
     layers: tuple[FoundLayer, ...]
     looked_for: str
     experts: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Installation(Protocol):

@@ -24,9 +24,10 @@ def one_per_layer(sites: Iterable[RouterSite], modules: dict[str, nn.Module]) ->
     for site in sites:
         place = _place(site.name)
         if place not in layers:
-            experts = getattr(modules.get(place.rpartition(".")[0]), "experts", None)
+            block = modules[place.rpartition(".")[0]]
+            experts = getattr(block, "experts", None)
             found = experts if place != site.name and isinstance(experts, nn.Module) else site.experts
-            layers[place] = replace(site, experts=found)
+            layers[place] = replace(site, experts=found, block=block)
     return list(layers.values())
 
 

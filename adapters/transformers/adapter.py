@@ -15,13 +15,17 @@ from torch.utils.hooks import RemovableHandle
 from lynx.adapter import Discovery, FoundLayer, Installation
 from lynx.adapters.transformers import experts as experts_room
 from lynx.adapters.transformers.adapted import copies, one_per_layer
+from lynx.adapters.transformers.decisions import hook_layer, is_ours
+from lynx.adapters.transformers.dense import DenseExperts, runs_all
 from lynx.adapters.transformers.discovery import (
     LOOKED_FOR,
     RouterLayer,
     describe,
     find_routers,
     outermost,
+    passed_over,
     pretrained_models,
+    told_from_outside,
 )
 from lynx.adapters.transformers.hooks import (
     CallBegins,
@@ -29,9 +33,9 @@ from lynx.adapters.transformers.hooks import (
     RouterHook,
     StepBegins,
     StepContext,
-    StepEnds,
     parameter_names,
 )
+from lynx.adapters.transformers.silence import StepEnds
 from lynx.adapters.transformers.step import stop_ids
 from lynx.adapters.transformers.without_cache import WithoutCache
 from lynx.config import Config
@@ -52,10 +56,12 @@ class TransformersAdapter:
     def discover(self, model: nn.Module) -> Discovery:
         """Find and probe all routers."""
         sites = one_per_layer(find_routers(model), dict(model.named_modules()))
+        if not sites:
+            return Discovery(self, tuple(told_from_outside(model)), LOOKED_FOR)
         layers = tuple(describe(site, index, len(sites)) for index, site in enumerate(sites))
         why_not = next((reason for site in sites if (reason := experts_room.why_not(site.experts))), "")
         words = f"the model's own ({why_not})" if why_not else "the model's own, or Lynx's"
-        return Discovery(self, layers, LOOKED_FOR, words)
+        return Discovery(self, layers, LOOKED_FOR, words, passed_over(model, sites))
 
     def prepare(
         self,
@@ -66,13 +72,13 @@ class TransformersAdapter:
     ) -> TransformersInstallation:
         """Check everything that can stand against attaching."""
         pairs = cast("Sequence[tuple[RouterLayer, LayerSelection]]", selections)
-        modules = [layer.site.experts for layer, _ in pairs]
-        experts = experts_room.choose(config.experts, modules)
+        modules = [layer.site.experts for layer, selection in pairs if _may_run(layer, selection)]
+        experts = experts_room.choose(config.experts, modules) if modules else "model"
         backends = experts_room.backends_of(modules) if experts == experts_room.IMPLEMENTATION else ""
         for layer, _ in pairs:
             for hook in layer.router._forward_hooks.values():
                 own = isinstance(replaced, TransformersInstallation) and replaced.owns(hook)
-                if isinstance(hook, RouterHook) and not own:
+                if is_ours(hook) and not own:
                     raise AttachError(
                         f"router {layer.info.name!r} is attached through another module; "
                         "detach that one first (lynx.detach)."
@@ -106,7 +112,7 @@ class TransformersInstallation:
 
     def owns(self, hook: object) -> bool:
         """Say whether a hook is one of this installation's."""
-        return isinstance(hook, RouterHook) and hook.context is self._context
+        return is_ours(hook, self._context)
 
     def start(self) -> None:
         """Register all hooks and the experts implementation, or nothing."""
@@ -138,25 +144,24 @@ class TransformersInstallation:
             self._after(root, CallEnds(context))
         modules = dict(model.named_modules())
         routers: dict[str, list[RouterHook]] = {}
-        seats = self._seats([layer.site.experts for layer, _ in pairs])
-        for (layer, selection), seat in zip(pairs, seats, strict=True):
-            assert layer.fingerprint is not None
+        for layer, selection in pairs:
             selection.place(device_of(layer.router))
             acts_on_prefill = Phase.PREFILL not in selection.exact_phases
-            hook = RouterHook(context, layer.fingerprint, selection, acts_on_prefill, seat)
+            seat = self._seat(layer, selection)
+            routers_of = copies(layer.site, modules)
+            hook = hook_layer(layer, routers_of, selection, context, acts_on_prefill, seat, self._handles)
             routers.setdefault(layer.site.backbone, []).append(hook)
-            # Before transformers 5.24, expert parallelism is a hook that makes ids local: Lynx comes before it.
-            first = getattr(layer.router, "_hf_tp_plan", None) is not None
-            for router in copies(layer.site, modules):
-                self._handles.append(router.register_forward_hook(hook, prepend=first, with_kwargs=True))
         for name, hooks in routers.items():
             watch = None if any(hook.acts_on_prefill for hook in hooks) else WithoutCache()
             self._before(modules[name], StepBegins(context, parameter_names(modules[name]), watch))
             self._after(modules[name], StepEnds(context, hooks))
 
-    def _seats(self, experts: list[Any]) -> Sequence[experts_room.Seat | None]:
-        """Switch the experts over if Lynx's are to run them."""
-        return self._switch.set(experts) if self.experts == experts_room.IMPLEMENTATION else [None] * len(experts)
+    def _seat(self, layer: RouterLayer, selection: LayerSelection) -> experts_room.Seat | DenseExperts | None:
+        """Switch a layer's experts over if Lynx's are to run them."""
+        if self.experts != experts_room.IMPLEMENTATION or not _may_run(layer, selection):
+            return None
+        (seat,) = self._switch.set([layer.site.experts])
+        return seat
 
     def remove(self) -> None:
         """Take all hooks out, last first, and restore the experts implementation."""
@@ -190,6 +195,11 @@ class TransformersInstallation:
 
     def _after(self, module: nn.Module, hook: Any) -> None:
         self._handles.append(module.register_forward_hook(hook, always_call=True))
+
+
+def _may_run(layer: RouterLayer, selection: LayerSelection) -> bool:
+    """Whether Lynx may run a layer's experts: under `exact`, a model that runs all of them goes on doing so."""
+    return getattr(selection.bound, "name", "") != "exact" or not runs_all(layer.site.experts)
 
 
 def device_of(module: nn.Module) -> torch.device:

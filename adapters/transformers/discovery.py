@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,12 +29,14 @@ class RouterSite:
         router: The module.
         experts: The experts module beside it, if there is one.
         backbone: Path of the nearest PreTrainedModel above it.
+        block: The module that holds router and experts.
     """
 
     name: str
     router: nn.Module
     experts: nn.Module | None
     backbone: str
+    block: nn.Module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,30 +72,83 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
     models = pretrained_models(model)
     targets = [target for found in models.values() for target in _recorded(found)]
     modules = dict(model.named_modules())
+    recorded = {
+        name
+        for name, module in modules.items()
+        if any(isinstance(module, cls) and (part is None or part in name) for cls, part in targets)
+    }
+    beside = _beside_experts(modules)
+    # some models record what holds the router
+    around = {name for name in recorded for inner in beside if name != inner and _inside(inner, name)}
+    chosen = {name for name in modules if name in recorded - around or (name in beside and _within(name, around))}
     sites = []
-    for name, module in modules.items():
-        parent_name, _, own_name = name.rpartition(".")
-        experts = getattr(modules.get(parent_name), "experts", None)
-        recorded = any(isinstance(module, cls) and (part is None or part in name) for cls, part in targets)
-        beside_experts = own_name in _ROUTER_NAMES and isinstance(experts, nn.Module)
-        if recorded or (not targets and beside_experts):
-            backbones = [other for other in models if _inside(name, other)]
-            if backbones:
-                experts = experts if isinstance(experts, nn.Module) else None
-                sites.append(RouterSite(name, module, experts, max(backbones, key=len)))
+    for name in modules if targets else beside:
+        backbones = [other for other in models if _inside(name, other)]
+        if backbones and (name in chosen or not targets):
+            block = modules[name.rpartition(".")[0]]
+            experts = getattr(block, "experts", None)
+            experts = experts if isinstance(experts, nn.Module) else None
+            sites.append(RouterSite(name, modules[name], experts, max(backbones, key=len), block))
     return sites
+
+
+def passed_over(model: nn.Module, sites: list[RouterSite]) -> tuple[str, ...]:
+    """Say which MoE layers are no routers' to take, and are left exact."""
+    modules = dict(model.named_modules())
+    taken = {site.name for site in sites}
+    notes: dict[str, int] = {}
+    for name in _beside_experts(modules):
+        if name not in taken:
+            router = modules[name]
+            by_token = "input_ids" in inspect.signature(router.forward).parameters
+            why = "chooses by token id" if by_token else "is not what the model records as its routers"
+            words = f"left exact: layers whose {type(router).__name__} {why}"
+            notes[words] = notes.get(words, 0) + 1
+    return tuple(f"{words} ({count})" for words, count in notes.items())
+
+
+def told_from_outside(model: nn.Module) -> Iterator[FoundLayer]:
+    """Refuse layers whose experts are chosen by who calls the model; for models without any router."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "experts", None), nn.Module) and pretrained_models(model):
+            _, *told = inspect.signature(module.forward).parameters
+            if told:
+                info = LayerInfo(name, 0, 0, 0, WeightRule(repick=False))
+                words = f"{type(module).__name__}: it has experts and no router; they are chosen by its arguments"
+                yield FoundLayer(info, module, refused=f"{words} ({', '.join(told)})")
 
 
 def describe(site: RouterSite, index: int, count: int) -> RouterLayer:
     """Probe one router and say what is known of its layer."""
+    real = _real_experts(site.experts)
     try:
-        found = fingerprint(site.router)
+        found = fingerprint(site.router, site.block, site.experts, real)
     except UnknownRouter as error:
         info = LayerInfo(site.name, index, 0, 0, WeightRule(repick=False), 0, count)
         return RouterLayer(info, site.router, refused=f"{type(site.router).__name__}: {error}", site=site)
-    size = _expert_bytes(site.experts, found.num_experts)
+    size = _expert_bytes(site.experts, found.num_experts - found.zero_experts)
     info = LayerInfo(site.name, index, found.num_experts, found.top_k, found.weights, size, count)
     return RouterLayer(info, site.router, notes=found.notes, site=site, fingerprint=found)
+
+
+def _beside_experts(modules: dict[str, nn.Module]) -> list[str]:
+    """Paths of modules that are called gate or router and stand beside experts."""
+    found = []
+    for name in modules:
+        parent, _, own_name = name.rpartition(".")
+        if own_name in _ROUTER_NAMES and isinstance(getattr(modules.get(parent), "experts", None), nn.Module):
+            found.append(name)
+    return found
+
+
+def _real_experts(experts: nn.Module | None) -> int | None:
+    """How many experts have weights, where they are stacked."""
+    stacked = [len(tensor) for tensor in experts.parameters() if tensor.ndim == 3] if experts is not None else []
+    return min(stacked) if stacked else None
+
+
+def _within(name: str, others: set[str]) -> bool:
+    return any(_inside(name, other) for other in others)
 
 
 def _recorded(model: Any) -> Iterator[tuple[type[nn.Module], str | None]]:

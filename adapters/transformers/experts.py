@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lynx.adapters.transformers import dense
 from lynx.errors import ConfigError, LynxWarning
 from lynx.kernels import ExpertWeights, Plan, choose_backend, run_experts
 from lynx.kernels.backends import try_kernels
@@ -88,9 +89,10 @@ class ExpertsSwitch:
 
     def __init__(self) -> None:
         self._previous: list[tuple[nn.Module, Any]] = []
+        self._dense = dense.DenseSwitch()
 
-    def set(self, modules: Iterable[Any]) -> list[Seat]:
-        """Switch the modules over; return their seats."""
+    def set(self, modules: Iterable[Any]) -> list[Seat | dense.DenseExperts]:
+        """Switch the modules over; return their seats, or what stands for those that run all experts."""
         # imported here: transformers is loaded where there is a model of it, and only there
         from transformers.integrations.moe import ExpertsInterface
 
@@ -98,8 +100,11 @@ class ExpertsSwitch:
         fp8 = sys.modules.get("transformers.integrations.finegrained_fp8")
         if fp8 is not None:  # its experts have a registry of their own, and may hold weights that are not quantised
             fp8.FP8ExpertsInterface.register(IMPLEMENTATION, lynx_experts_forward)
-        seats = []
+        seats: list[Seat | dense.DenseExperts] = []
         for module in modules:
+            if dense.runs_all(module):
+                seats.append(self._dense.set(module))
+                continue
             config = copy.copy(module.config)
             config._experts_implementation_internal = IMPLEMENTATION  # the property would write to sub-configs too
             seat = Seat(_gate_of(module))
@@ -110,6 +115,7 @@ class ExpertsSwitch:
 
     def undo(self) -> None:
         """Give every module its own config back, and take its seat."""
+        self._dense.undo()
         while self._previous:
             module, config = self._previous.pop()
             module.config = config
@@ -120,7 +126,8 @@ def choose(asked: Literal["auto", "model", "lynx"], modules: Sequence[Any]) -> s
     """Decide who runs the experts, ``model`` or ``lynx``.
 
     ``auto`` leaves the model its own implementation, whose results it keeps bit for bit, unless decode would run
-    ``batched_mm``: that one gathers weights per token and slot, so nothing is gained by waking fewer experts.
+    ``batched_mm``, which gathers weights per token and slot, or all experts for all tokens: nothing is gained there by
+    waking fewer experts.
 
     Raises:
         ConfigError: Lynx's was asked for and cannot run this model, or ``LYNX_KERNELS`` asks for what cannot.
@@ -139,15 +146,22 @@ def choose(asked: Literal["auto", "model", "lynx"], modules: Sequence[Any]) -> s
 
 def backends_of(modules: Sequence[Any]) -> str:
     """Name what Lynx's implementation runs on at decode, as far as weights are there and not offloaded."""
-    present = [weights for module in modules if not (weights := expert_weights(module)).down.is_meta]
+    present = [weights for module in modules if not (weights := weights_of(module)).down.is_meta]
     with torch.no_grad():  # as at decode
         return ", ".join(sorted({choose_backend(weights).backend for weights in present}))
+
+
+def weights_of(module: Any) -> ExpertWeights:
+    """Read an experts module of either kind: told which experts to run, or running them all."""
+    return dense.expert_weights(module) if dense.runs_all(module) else expert_weights(module)
 
 
 def why_not(experts: nn.Module | None) -> str:
     """Say why an experts module cannot be run by Lynx; empty if it can."""
     if experts is None:
         return "no experts module was found beside the router"
+    if dense.runs_all(experts):
+        return dense.why_not(experts)
     if not all(hasattr(experts, name) for name in ("config", "has_gate", "has_bias", "is_transposed")):
         return f"{type(experts).__name__} does not go through transformers' experts registry"
     if _spread(experts):
@@ -169,6 +183,8 @@ def _spread(experts: nn.Module) -> bool:
 
 def _gathers(experts: Any) -> bool:
     """Whether decode would run ``batched_mm``; ``generate`` takes it in place of ``grouped_mm`` except on a CPU."""
+    if dense.runs_all(experts):
+        return True
     used = experts.config._experts_implementation
     return used == "batched_mm" or (used == "grouped_mm" and experts.down_proj.device.type not in ("cpu", "meta"))
 
@@ -185,7 +201,7 @@ def _check_backend(module: Any) -> None:
 
     Offloaded weights say nothing: they come to the device that runs them with their forward.
     """
-    weights, failure = expert_weights(module), ""
+    weights, failure = weights_of(module), ""
     if weights.down.is_meta:
         return
     try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lynx.adapters.rules import choice_scores
@@ -18,8 +18,6 @@ from lynx.adapters.transformers.offload import fetch
 from lynx.adapters.transformers.probe import ARGUMENT
 from lynx.adapters.transformers.step import Step, read_step, stop_ids
 from lynx.adapters.transformers.without_cache import WithoutCache
-from lynx.errors import LynxWarning
-from lynx.log import logger
 from lynx.routing import Routing
 from lynx.selection import LayerSelection
 
@@ -108,11 +106,15 @@ class RouterHook:
 
     Attributes:
         context: The step under way.
-        fingerprint: Where the router's outputs are, and how it weighs.
+        fingerprint: Where the decision is, and how the router weighs.
         selection: The layer's selection.
         acts_on_prefill: Whether the strategy has anything to say in prefill.
         seat: Where the plan is left for Lynx's experts, if they run.
-        ran: Whether the hook has been called.
+        entered: Whether the block around the router was called in this forward; kept until it has decided once, as are
+            the next two.
+        fired: Whether the router itself was.
+        astray: Whether it was shown other rows than the step knows.
+        decided: Whether it has decided over a step's rows.
     """
 
     context: StepContext
@@ -120,24 +122,60 @@ class RouterHook:
     selection: LayerSelection
     acts_on_prefill: bool
     seat: Seat | None = None
-    ran: bool = False
+    entered: bool = False
+    fired: bool = False
+    astray: bool = False
+    decided: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the rewritten output, or None to leave it."""
+        self.fired = True
+        places = self.fingerprint.output
+        assert places.ids is not None
+        decision = output[places.logits], output[places.weights], output[places.ids]
+        decided = self.decide(module, *decision, self._bias(module, args, kwargs))
+        if decided is None:
+            return None
+        rewritten = list(output)
+        rewritten[places.ids], rewritten[places.weights] = decided
+        return tuple(rewritten)
+
+    def decide(
+        self, module: nn.Module, logits: Tensor, weights: Tensor, ids: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Select for one batch.
+
+        Args:
+            module: Tells whether it is in training.
+            logits: ``(T, E)``, as the router gives them.
+            weights: ``(T, k)``.
+            ids: ``(T, k)``.
+            bias: ``(E,)``, what the router adds to its scores for the choice, or None.
+
+        Returns:
+            Ids and weights ``(T, k)``; None where they are to be left alone.
+        """
         step = self.context.step
         if step is None or module.training:
             return None
-        places = self.fingerprint.output
-        logits, weights, ids = output[places.logits], output[places.weights], output[places.ids]
         if ids.shape[:-1] != step.role.shape:
-            return None  # rows that the step knows nothing of
-        self.ran = True
-        values = logits.float()
+            self.astray = True
+            return None
+        self.decided = True
+        values = self.fingerprint.output.read_logits(logits)
+        choice = choice_scores(self.fingerprint.choice, values, bias)
+        given, zero = ids, self.fingerprint.zero_experts
+        if zero:
+            real = choice.shape[-1] - zero
+            choice = F.pad(choice[..., :real], (0, zero), value=-torch.inf)
+            given = ids.masked_fill((ids >= real) | (weights == 0), -1)
+        factor = named_tensor(module, self.fingerprint.expert_scale)
+        plain = weights if factor is None else weights / factor[ids]
         routing = Routing(
-            choice=choice_scores(self.fingerprint.choice, values, self._bias(module, args, kwargs)),
+            choice=choice,
             logits=values,
-            ids=ids,
-            weights=weights,
+            ids=given,
+            weights=plain,
             role=step.role.to(ids.device),
             phase=step.phase.to(ids.device),
             rule=self.fingerprint.weights,
@@ -145,23 +183,22 @@ class RouterHook:
         if step.all_prefill and not self.acts_on_prefill:
             self.selection.observe(routing)
             return None
-        rewritten = list(output)
         if step.columns:
             result = self.selection(_by_column(routing, step.columns))
-            rewritten[places.ids], rewritten[places.weights] = _by_row(result.ids), _by_row(result.weights)
+            new_ids, new_weights = _by_row(result.ids), _by_row(result.weights)
         else:
             result = self.selection(routing)
-            rewritten[places.ids], rewritten[places.weights] = result.ids, result.weights
-            if self.seat is not None:
-                self.seat.give(result.ids, result.plan)
-        return tuple(rewritten)
+            new_ids, new_weights = result.ids, result.weights
+            if self.seat is not None and not zero:
+                self.seat.give(new_ids, result.plan)
+        if factor is not None:
+            same = ((new_ids == ids) & (new_weights == plain)).all(-1, keepdim=True)
+            new_weights = torch.where(same, weights, (new_weights * factor[new_ids]).to(weights.dtype))
+        return torch.where(given < 0, ids, new_ids) if zero else new_ids, new_weights
 
     def _bias(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         name = self.fingerprint.choice.bias
-        if name is None:
-            return None
-        bias: Tensor | None = [*args, *kwargs.values()][1] if name == ARGUMENT else fetch(module, name)
-        return bias
+        return [*args, *kwargs.values()][1] if name == ARGUMENT else named_tensor(module, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RouterHook:
         """Copy the hook with its model, and share it where its router alone is copied, as PEFT does.
@@ -170,29 +207,23 @@ class RouterHook:
         """
         if id(self.context) not in memo:
             return self
-        return RouterHook(*(copy.deepcopy(getattr(self, each.name), memo) for each in fields(self)))
+        return type(self)(*(copy.deepcopy(getattr(self, each.name), memo) for each in fields(self)))
 
 
 @dataclass(slots=True)
-class StepEnds:
-    """Forward hook of a backbone: forgets the step, also after an exception, and looks once whether routers ran."""
+class BlockBegins:
+    """Forward pre-hook of the block around a router: from here on the router is expected to decide."""
 
-    context: StepContext
-    routers: list[RouterHook] = field(default_factory=list)
-    looked: bool = False
+    hook: RouterHook
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forget the step."""
-        step, self.context.step = self.context.step, None
-        if step is None or output is None or torch.compiler.is_compiling() or self.looked:
-            return
-        self.looked = True
-        silent = [hook.selection.info.name for hook in self.routers if not hook.ran]
-        if silent:
-            logger.error("lynx.routers_silent", layers=len(silent), first=silent[0])
-            message = f"{len(silent)} of {len(self.routers)} routers did not decide over this forward's tokens"
-            reason = "a fused kernel may go past them (use_kernels=True)"
-            warnings.warn(f"{message} ({', '.join(silent)}); nothing is selected there: {reason}", LynxWarning, 2)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Say so."""
+        self.hook.entered = True
+
+
+def named_tensor(module: nn.Module, name: str | None) -> Tensor | None:
+    """Return what stands at a path in a module, None for none."""
+    return None if name is None else fetch(module, name)
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:

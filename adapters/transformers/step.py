@@ -52,6 +52,8 @@ def read_step(
     Returns:
         The step, or None if there are no inputs to read it from.
     """
+    if arguments.get("decoder_input_ids") is not None:  # a canvas of tokens, over a cache that another model has filled
+        arguments = {name.removeprefix("decoder_"): value for name, value in arguments.items()}
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     inputs = ids if isinstance(ids, Tensor) else embeds
     if not isinstance(inputs, Tensor) or inputs.ndim < 2:

@@ -116,6 +116,7 @@ def _plain(found: Discovery, model: Any) -> dict[str, Any]:
         "model": type(model).__name__,
         "adapter": found.adapter.name,
         "experts": found.experts,
+        "notes": list(found.notes),
         "layers": [
             {**asdict(layer.info), "notes": list(layer.notes), "refused": layer.refused} for layer in found.layers
         ],
@@ -129,6 +130,8 @@ def _print(found: Discovery, model: Any) -> None:
         f"{type(model).__name__}: {count} MoE layers, taken by the {found.adapter.name} adapter", highlight=False
     )
     console.print(f"experts run by: {found.experts}", highlight=False)
+    for note in found.notes:
+        console.print(note, highlight=False)
     table = Table("layer")
     table.add_column("router", overflow="fold")  # whole: these names are keys for `layers`
     for column in ("E", "k", "MB per expert"):

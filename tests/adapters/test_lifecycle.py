@@ -311,31 +311,6 @@ def test_paused_and_reset(model):
 
 
 @pytest.mark.parametrize("family", ["mixtral"])
-@pytest.mark.parametrize("kernel", ["past the router", "other rows"])
-def test_routers_that_never_decide(model, kernel):
-    """A kernel that goes past the routers, or shows them other rows, is noticed on the first forward, not never."""
-    block = model.model.layers[1].mlp
-
-    def fused(hidden):
-        rows = hidden.flatten(0, 1)
-        if kernel == "other rows":
-            _, weights, ids = (part[: len(rows)] for part in block.gate(torch.cat([rows, rows])))
-        else:
-            _, weights, ids = type(block.gate).forward(block.gate, rows)
-        return block.experts(rows, ids, weights).view_as(hidden)
-
-    before = _decode(model)
-    block.forward = fused
-    with lynx.attach(model, "exact"):
-        with pytest.warns(lynx.LynxWarning, match=r"1 of 2 routers .*layers\.1\.mlp\.gate.*use_kernels") as caught:
-            fused_through = _decode(model)
-        assert len(caught) == 1
-    del block.forward
-    assert families.same(fused_through.decode, before.decode)
-    assert _equal(_decode(model), before)
-
-
-@pytest.mark.parametrize("family", ["mixtral"])
 def test_in_and_out_of_inference_mode(model):
     with lynx.attach(model, PRUNING) as handle:
         with torch.inference_mode():

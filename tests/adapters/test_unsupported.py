@@ -4,7 +4,7 @@ import families
 import pytest
 import torch
 from torch import nn
-from transformers import DbrxConfig, DbrxForCausalLM, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lynx
 
@@ -40,37 +40,19 @@ def test_not_a_module():
         lynx.attach("mixtral", "exact")
 
 
-def test_router_that_gives_logits_only():
-    config = DbrxConfig(
-        d_model=16,
-        n_heads=2,
-        n_layers=1,
-        vocab_size=32,
-        max_seq_len=16,
-        attn_config={"kv_n_heads": 1, "rope_theta": 1e4},
-        ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16},
-    )
-    message = _refused(DbrxForCausalLM(config).eval())
-    assert "'transformer.blocks.0.ffn.router' cannot be taken" in message
-    assert "DbrxRouter: it returns Tensor where logits, weights and ids are expected" in message
-
-
-def test_router_with_dense_scores():
-    options = {"num_local_experts": 4, "num_experts_per_tok": 1, "num_key_value_heads": 1, "head_dim": 8}
-    message = _refused(Llama4ForCausalLM(Llama4TextConfig(**SIZES, **options, intermediate_size_mlp=16)).eval())
-    assert "Llama4" in message
-    assert "(64, 4)) is not logits (T, E), weights (T, k) and ids (T, k)" in message
-
-
 @pytest.mark.parametrize(
     ("forward", "found"),
     [
-        (lambda self, hidden: hidden @ self.weight.T, "it returns Tensor"),
+        (
+            lambda self, hidden: hidden @ self.weight.T,
+            "it returns Tensor where logits, weights and ids are expected",
+        ),
+        (lambda self, hidden: hidden @ self.weight.T, "MixtralSparseMoeBlock around it does not give its experts ids"),
         (lambda self, hidden: (hidden @ self.weight.T, None), "(torch.float32 (64, 8), NoneType) is not logits (T, E)"),
         (lambda self, a, b, c: (a, b, c), "it could not be called with hidden states (64, 32)"),
         (lambda self, hidden: 1 / 0, "it could not be called with hidden states (64, 32): division by zero"),
     ],
-    ids=["tensor", "pair", "arguments", "raises"],
+    ids=["tensor", "block", "pair", "arguments", "raises"],
 )
 def test_router_that_is_not_understood(forward, found, monkeypatch):
     model = families.build("mixtral")
