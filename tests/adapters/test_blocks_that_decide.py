@@ -189,26 +189,33 @@ def test_compiled_whole():
 def test_slots_of_experts_without_weights_stay(family):
     """They cost nothing and mean something (the token as it is, or nothing), so they are nobody's to move."""
     model = zoo.build(family)
-    strategy = PRUNING if family == "longcat_flash" else zoo_checks.ONE_EACH
-    own, exact, seen = _decided(model, "exact")
-    pruned, logits, total = _decided(model, strategy)
-    layers = len(own) // zoo_checks.STEPS
+    if any("logits (T, E)" in layer.refused for layer in lynx.attachment.discover(model).layers):
+        pytest.skip("in this transformers its router gives no logits")
+    seen = []
+
+    def compare(router, args, kwargs, output):
+        """Keep what the router says itself, and what it says under Lynx."""
+        own = type(router).forward(router, *args, **kwargs)
+        seen.append((own[1], own[2], output[1], output[2]))
+
+    routers = [layer.router for layer in lynx.attachment.discover(model).layers]
+    with lynx.attach(model, PRUNING if family == "longcat_flash" else zoo_checks.ONE_EACH) as handle:
+        hooks = [router.register_forward_hook(compare, with_kwargs=True) for router in routers]
+        zoo_checks.generated(model)
+        for hook in hooks:
+            hook.remove()
     zero, moved = 0, 0
-    for (ids, weights), (new_ids, new_weights) in zip(own[:layers], pruned[:layers], strict=True):
+    for weights, ids, new_weights, new_ids in seen[len(routers) :]:
         none = (weights == 0) | (ids >= 8)
-        if layers > 1 and not torch.equal(ids[none], new_ids[none]):
-            break  # a layer above one that has changed is given other tokens
-        zero += int(none.sum())
-        moved += int((new_ids != ids).sum())
         assert torch.equal(new_ids[none], ids[none])
         assert torch.equal(new_weights[none], weights[none])
-        assert not ((new_ids >= 8) & ~none).any()
+        assert (new_ids[~none] < 8).all()
+        zero += int(none.sum())
+        moved += int((new_ids != ids).sum())
     assert zero > 0
     assert moved > 0
-    # they are not counted as active
-    assert seen.active_before <= 8
-    assert total.active_after < total.active_before
-    del exact, logits
+    total = handle.report().total["decode"]
+    assert total.active_after < total.active_before < 8  # they are not counted
 
 
 def test_a_factor_for_each_expert():

@@ -44,9 +44,8 @@ def test_family(family):
         warnings.warn(f"not classified: {family} of transformers {transformers.__version__}: {error}", stacklevel=1)
         return
     if row.refused:
-        assert re.match(r"\w+: .*: |\w+: it has experts and no router", row.refused), (
-            "a reason is more than what was found"
-        )
+        reason = re.match(r"\w+: .*: |\w+: it has experts and no router", row.refused)
+        assert reason or not OF_THIS_VERSION, f"it is said what was found, and not what is wrong with it: {row.refused}"
     else:
         assert row.exact
         assert row.selects
