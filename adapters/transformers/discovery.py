@@ -95,10 +95,9 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
 def passed_over(model: nn.Module, sites: list[RouterSite]) -> tuple[str, ...]:
     """Say which MoE layers are no routers' to take, and are left exact."""
     modules = dict(model.named_modules())
-    taken = {site.name for site in sites}
     notes: dict[str, int] = {}
     for name in _beside_experts(modules):
-        if name not in taken:
+        if not any(_inside(site.name, name) for site in sites):
             router = modules[name]
             by_token = "input_ids" in inspect.signature(router.forward).parameters
             why = "chooses by token id" if by_token else "is not what the model records as its routers"
@@ -120,7 +119,7 @@ def told_from_outside(model: nn.Module) -> Iterator[FoundLayer]:
 
 def describe(site: RouterSite, index: int, count: int) -> RouterLayer:
     """Probe one router and say what is known of its layer."""
-    real = _real_experts(site.experts)
+    real = _real_experts(site)
     try:
         found = fingerprint(site.router, site.block, site.experts, real)
     except UnknownRouter as error:
@@ -141,10 +140,14 @@ def _beside_experts(modules: dict[str, nn.Module]) -> list[str]:
     return found
 
 
-def _real_experts(experts: nn.Module | None) -> int | None:
-    """How many experts have weights, where they are stacked."""
-    stacked = [len(tensor) for tensor in experts.parameters() if tensor.ndim == 3] if experts is not None else []
-    return min(stacked) if stacked else None
+def _real_experts(site: RouterSite) -> int | None:
+    """How many experts have weights; None where that cannot be seen, or where other processes have the rest."""
+    spread = getattr(site.experts, "_is_expert_parallel", False) or any(
+        getattr(module, "_hf_tp_plan", None) is not None for module in (site.router, site.experts)
+    )
+    if site.experts is None or spread:
+        return None
+    return min((len(tensor) for tensor in site.experts.parameters() if tensor.ndim == 3), default=None)
 
 
 def _within(name: str, others: set[str]) -> bool:

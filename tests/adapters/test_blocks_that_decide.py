@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 from types import SimpleNamespace
 
@@ -15,6 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import lynx
 import lynx.attachment
 from lynx.adapters.transformers.fingerprint import fingerprint
+from lynx.adapters.transformers.step import Step
+from lynx.cli.inspect import inspect_model
+from lynx.routing import Phase, Role
 
 PRUNING = {"name": "batch-union", "top": 1}
 
@@ -161,6 +165,26 @@ class DecidingModel(PreTrainedModel):
         return hidden
 
 
+def _assert_chosen_with_bias(block, hidden):
+    """Every row gets its best among those that are the best of some row, by score plus bias."""
+    given = []
+    hook = block.experts.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
+    role, phase = (torch.full((6,), int(value), dtype=torch.int8) for value in (Role.OPEN, Phase.DECODE))
+    context = next(iter(block.router._forward_hooks.values())).hook.context
+    context.step = Step(role, phase, 0, False)
+    block(hidden)
+    context.step = None
+    hook.remove()
+    ((ids, weights),) = ((each["ids"], each["weights"]) for each in given)
+    scores = block.router(hidden).view(-1, 6).sigmoid()
+    choice = scores + block.expert_bias
+    assert (choice.argmax(-1) != scores.argmax(-1)).any()
+    active = torch.zeros(6, dtype=torch.bool).index_fill(0, choice.argmax(-1), True)
+    best = choice.masked_fill(~active, -torch.inf).topk(min(3, int(active.sum())), dim=-1).indices
+    for row, kept, chosen in zip(ids, weights != 0, best, strict=True):
+        assert set(row[kept].tolist()) == set(chosen.tolist())
+
+
 def test_compiled_whole():
     """What one hook keeps, others use: in one graph, with a bias of the block's and arguments by name."""
     torch.manual_seed(0)
@@ -176,6 +200,7 @@ def test_compiled_whole():
             assert torch.equal(model(ids, filled), before)
         with lynx.attach(model, PRUNING):
             expected = model(ids, filled)
+            _assert_chosen_with_bias(model.blocks[0], model.embed(ids))
         with lynx.attach(model, PRUNING) as handle:
             found = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, filled)
     assert not torch.equal(expected, before)
@@ -218,6 +243,36 @@ def test_slots_of_experts_without_weights_stay(family):
     assert total.active_after < total.active_before < 8  # they are not counted
 
 
+class SkippingRouter(nn.Module):
+    """Its last expert is none: a slot there is given out as expert 0 at weight 0, so that ids alone do not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(6, 16))
+
+    def forward(self, hidden):
+        logits = hidden @ self.weight.T
+        weights, ids = logits.softmax(-1).topk(2, dim=-1)
+        return logits, weights.masked_fill(ids == 5, 0.0), ids.masked_fill(ids == 5, 0)
+
+
+def test_rules_are_found_beside_an_expert_that_is_none():
+    found = fingerprint(SkippingRouter(), real=5)
+    assert (found.weights.score, found.weights.renormalise, found.weights.repick) == ("softmax", False, True)
+    assert (found.num_experts, found.zero_experts) == (6, 1)
+    assert not fingerprint(SkippingRouter()).weights.repick
+
+
+def test_experts_of_other_processes_are_not_taken_for_none():
+    """Expert parallelism leaves a module fewer experts than its router knows."""
+    model = zoo.build("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj[:4].detach())
+    assert lynx.attachment.discover(model).layers[0].fingerprint.zero_experts == 4
+    experts._is_expert_parallel = True
+    assert lynx.attachment.discover(model).layers[0].fingerprint.zero_experts == 0
+
+
 def test_a_factor_for_each_expert():
     """Gemma 4 gives out probabilities as logits, and multiplies each weight by a factor that its expert has learned."""
     model = zoo.build("gemma4")
@@ -241,11 +296,17 @@ def test_a_factor_for_each_expert():
     assert total.active_after < total.active_before
 
 
-def test_layers_that_choose_by_token_id_are_left_exact():
+def test_layers_that_choose_by_token_id_are_left_exact(tmp_path, capsys):
     model = zoo.build("deepseek_v4")
     found = lynx.attachment.discover(model)
     assert [layer.info.name for layer in found.layers] == [f"model.layers.{n}.mlp.gate" for n in (1, 2, 3)]
-    assert found.notes == ("left exact: layers whose DeepseekV4HashRouter chooses by token id (1)",)
+    note = "left exact: layers whose DeepseekV4HashRouter chooses by token id (1)"
+    assert found.notes == (note,)
+    model.config.save_pretrained(tmp_path)
+    inspect_model(str(tmp_path), as_json=False)
+    assert note in capsys.readouterr().out
+    inspect_model(str(tmp_path), as_json=True)
+    assert json.loads(capsys.readouterr().out)["notes"] == [note]
     own, _, _ = _decided(model, "exact")
     pruned, _, _ = _decided(model)
     for step in range(zoo_checks.STEPS):

@@ -106,16 +106,17 @@ def test_dropped_experts_are_not_read(model, experts):
     assert all(torch.equal(block.experts.down_proj, kept) for block, kept in zip(_blocks(model), saved, strict=True))
 
 
+@pytest.mark.parametrize("refill", ["re-pick", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_equals_the_models_own_execution(dtype):
+def test_equals_the_models_own_execution(dtype, refill):
     """The same selection, run by the model on all experts, within its own distance from float64."""
     model = zoo.build("llama4").to(dtype)
     results = {}
     for experts in ("model", "lynx"):
-        with lynx.attach(model, PRUNING, experts=experts) as handle:
+        with lynx.attach(model, PRUNING, refill=refill, experts=experts) as handle:
             assert handle.experts == experts
             results[experts] = torch.stack(zoo_checks.generated(model))
-    with lynx.attach(model.double(), PRUNING, experts="model"):
+    with lynx.attach(model.double(), PRUNING, refill=refill, experts="model"):
         exact = torch.stack(zoo_checks.generated(model))
     own = (results["model"].double() - exact).abs().max()
     assert (results["lynx"].double() - exact).abs().max() <= max(3 * float(own), 1e-5)
