@@ -64,6 +64,7 @@ class Config(Options):
         max_decode_q: Longest step on a filled cache that counts as decode, in tokens per sequence.
         layers: ``all``, include / exclude lists, or what hand-written MoE blocks are made of (:class:`MoESpec`).
         experts: Which implementation runs the experts: the ``model``'s own, ``lynx``'s, or ``auto`` to choose.
+        evidence: What the setting rests on, as ``lynx tune`` writes it; nothing reads it.
     """
 
     strategy: AnyStrategy
@@ -71,6 +72,7 @@ class Config(Options):
     max_decode_q: int = Field(1, ge=1)
     layers: Annotated[Literal["all"] | SerializeAsAny[LayerFilter], BeforeValidator(_layers)] = "all"
     experts: Literal["auto", "model", "lynx"] = "auto"
+    evidence: dict[str, Any] | None = None
 
     @classmethod
     def described(cls) -> str:
@@ -79,7 +81,8 @@ class Config(Options):
 
     def dump(self) -> dict[str, Any]:
         """Return plain data that :func:`load_config` turns back into an equal config."""
-        return self.model_dump(mode="json")
+        data = self.model_dump(mode="json")
+        return data if self.evidence is not None else {key: data[key] for key in data if key != "evidence"}
 
     def save(self, path: str | Path) -> None:
         """Write the config as YAML, or as JSON if the file is called ``*.json``."""

@@ -123,6 +123,51 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="Folder of a model with its tokenizer, or `reference`.")],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Text like that served: .jsonl with one example a line, or plain text."),
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option("--max-kl", help="Most KL(exact || policy), nats per token.")] = None,
+    max_drop: Annotated[
+        str | None, typer.Option("--max-drop", help="Most answers lost, as 1% or 0.01; needs --questions.")
+    ] = None,
+    target_active: Annotated[
+        float | None, typer.Option("--target-active", help="Most active experts, as a share of the model's.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=2, help="Sequences of a decode batch.")] = 16,
+    columns: Annotated[int, typer.Option("--columns", min=2, help="Decode steps of each batch.")] = 64,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often batches are formed anew.")] = 2,
+    batches: Annotated[int | None, typer.Option("--batches", min=1, help="Most batches of a seed.")] = None,
+    questions: Annotated[
+        int, typer.Option("--questions", min=0, help="Examples with an answer to verify with, in true batches.")
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest generated answer.")] = 128,
+    candidates: Annotated[int, typer.Option("--candidates", min=0, help="Settings to try in a layer; 0 for all.")] = 0,
+    out: Annotated[Path, typer.Option("--out", help="Where the configuration goes, with its report beside it.")] = Path(
+        "lynx.yaml"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Choose a setting for every layer of a model, within the loss that you allow."""
+    from lynx.cli.tune import goal_of, run_tune
+    from lynx.measuring.evaluate import Protocol
+    from lynx.tuning.tune import Effort
+
+    goal = goal_of(max_kl, max_drop, target_active, None)
+    protocol = Protocol(
+        batch=batch,
+        columns=columns,
+        seeds=tuple(range(seeds)),
+        most_batches=batches,
+        questions=questions,
+        max_new_tokens=max_new_tokens,
+    )
+    run_tune(model, data, goal, protocol, Effort(candidates=candidates), out, as_json)
+
+
+@app.command()
 def doctor(
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown for an issue report.")] = False,
