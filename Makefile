@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-vllm kernels mutants gpu sanitize lint docs install clean
+.PHONY: demo test test-vllm test-transformers judge kernels mutants gpu sanitize lint docs install clean
 
 demo: install
 	$(BIN)/lynx demo --plot
@@ -35,6 +35,32 @@ $(VENV)-vllm/.ready:
 	$(VENV)-vllm/bin/pip install --quiet "$(TORCH)"
 	$(VENV)-vllm/bin/pip install --quiet "$(VLLM)" "pytest>=8.2"
 	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The tests marked `smoke` on another transformers, in an environment that lies before the one of `make test`. The default
+# is the oldest that is supported; what pip makes of Lynx's own requirements is checked too.
+TRANSFORMERS ?= transformers==5.14.0
+OTHER = $(VENV)-$(subst ==,-,$(TRANSFORMERS))
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+test-transformers: $(VENV)/.triton install
+	$(PYTHON) -m venv --clear --without-pip $(OTHER)
+	$(BIN)/python $(PURELIB) > "$$($(OTHER)/bin/python $(PURELIB))/beneath.pth"
+	$(BIN)/pip --python $(OTHER)/bin/python install --quiet "$(TRANSFORMERS)" psutil
+	$(BIN)/pip --python $(OTHER)/bin/python check
+	$(OTHER)/bin/python -P -m pytest -m smoke tests/adapters $(ARGS)
+
+# transformers' own tests, on plain models and on models with Lynx attached. ARGS names families: make judge ARGS=olmoe
+judge: $(VENV)-judge/.ready
+	rm -rf build dist
+	$(VENV)-judge/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)-judge/bin/pip install --quiet --force-reinstall --no-deps dist/lynx_moe-*.whl
+	$(VENV)-judge/bin/python tests/outside/judge.py $(ARGS)
+
+$(VENV)-judge/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-judge
+	$(VENV)-judge/bin/pip install --quiet --upgrade pip
+	$(VENV)-judge/bin/pip install --quiet "$(TORCH)"
+	$(VENV)-judge/bin/pip install --quiet . --group judge
 	touch $@
 
 # All shipped kernels, compiled for GPUs that need not be there; ARGS=--update makes what was measured the budget.
@@ -88,4 +114,4 @@ $(VENV)/.triton: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm build dist site
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-judge $(VENV)-transformers-* build dist site

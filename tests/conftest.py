@@ -22,7 +22,7 @@ settings.register_profile(
 settings.register_profile("first-failure", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("ci")
 
-collect_ignore = ["vllm"]  # engines of vLLM, in an environment of their own: `make test-vllm`
+collect_ignore = ["vllm", "outside"]  # in environments of their own: `make test-vllm`, `make judge`
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # before anything imports triton, whose own functions ask for it when they are defined

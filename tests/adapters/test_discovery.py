@@ -13,6 +13,7 @@ import lynx.attachment
 from lynx.adapters.transformers.fingerprint import fingerprint
 
 
+@pytest.mark.smoke
 def test_meta_model(family):
     """`lynx inspect` looks at models that were built without memory."""
     real_model = families.shared(family)
@@ -31,6 +32,7 @@ def test_meta_model(family):
     assert not layer.refused
 
 
+@pytest.mark.smoke
 def test_changes_nothing(family):
     model = families.build(family).train()
     router = families.routers(model)[0]

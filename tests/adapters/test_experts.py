@@ -112,6 +112,7 @@ def test_lost_slots_are_not_computed(name):
         assert torch.isnan(module(hidden, ids, weights)[2]).all()
 
 
+@pytest.mark.smoke
 def test_whole_model(model):
     """Equal logits in prefill and decode, exact and pruned, within what the host's implementations differ by."""
     batch, tokens = families.prompts(), families.new_tokens()
@@ -148,6 +149,7 @@ def calls(monkeypatch):
     return counted
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("asked", "own", "expected"),
     [
@@ -179,6 +181,7 @@ def test_only_chosen_layers(model, calls):
     assert len(calls) == 1
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", ["qwen3_moe"])
 def test_configs_can_be_shown_while_attached(model):
     before = repr(model.config)

@@ -6,6 +6,8 @@ import torch
 
 import lynx
 
+pytestmark = pytest.mark.smoke
+
 FULL = ["exact", "batch-union"]
 
 

@@ -28,6 +28,7 @@ def _equal(first, second):
     return torch.equal(first.prefill, second.prefill) and torch.equal(first.decode, second.decode)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("experts", ["model", "lynx"])
 def test_detach_restores(model, experts):
     """Outputs bit for bit, hooks, attributes, state_dict keys and the experts implementation (see the fixture)."""
@@ -336,6 +337,7 @@ def test_an_attached_model_can_be_collected():
         assert handle.report().total["prefill"].steps == 1
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", ["mixtral"])
 def test_inside_another_module(model):
     """The model may be wrapped, as PEFT and evaluation harnesses do."""

@@ -76,6 +76,7 @@ def test_class_by_construction(family):
     assert _prunes(model.eval())
 
 
+@pytest.mark.smoke
 def test_class_from_a_folder(folder):
     cls = lynx.prune("batch-union", top=1)(Qwen3MoeForCausalLM)
     model = cls.from_pretrained(folder)

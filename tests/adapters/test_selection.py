@@ -9,6 +9,8 @@ from transformers.generation import ContinuousBatchingConfig
 import lynx
 from lynx.demo.cache import as_argument
 
+pytestmark = pytest.mark.smoke
+
 PRUNING = {"name": "batch-union", "top": 1}
 
 

@@ -46,6 +46,7 @@ def test_decode_takes_the_end_of_the_mask():
     assert not step.all_prefill
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
 def test_any_name_of_the_cache(name):
     """It was renamed in transformers 5.24; a caller may use the old name there, and a wrapper may pass None beside."""
@@ -101,6 +102,7 @@ def test_length_on_the_device(length):
     assert read_step({**arguments, "input_ids": torch.full((2, 2), 5)}).all_prefill
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", ["bool", "additive", "dict"])
 def test_four_dimensional_masks(kind):
     """A row is a token if it may see its own position."""
@@ -178,6 +180,7 @@ def test_sequences_laid_end_to_end():
     assert read_step(packed).all_prefill
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", ["mixtral"])
 def test_compiled_with_a_static_cache(model):
     """Hooks trace whole: one graph for all steps, pruning as in eager mode, and none of it after detach.

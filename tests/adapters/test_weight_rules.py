@@ -38,6 +38,7 @@ def _expected(name, changes):
     return family
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=IDS)
 def test_fingerprint(name, changes):
     expected = _expected(name, changes)
@@ -55,6 +56,7 @@ def test_fingerprint(name, changes):
         assert bool(layer.notes) == (not expected.repick)
 
 
+@pytest.mark.smoke
 def test_sparsemixer_says_so():
     for layer in lynx.attachment.discover(families.shared("phimoe")).layers:
         assert not layer.info.rule.repick
