@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,7 @@ from lynx.selection import LayerSelection
 
 if TYPE_CHECKING:
     from lynx.adapter import Adapter, Discovery, FoundLayer
+    from lynx.strategy import LayerInfo
 
 _T = TypeVar("_T")
 _handles: WeakKeyDictionary[nn.Module, Handle] = WeakKeyDictionary()
@@ -175,28 +176,39 @@ def _recognises(adapter: Adapter, package: str, model: nn.Module) -> bool:
         return False
 
 
+def chosen_layers(layers: Sequence[LayerInfo], config: Config) -> list[LayerInfo]:
+    """Apply a configuration's layer filter.
+
+    Raises:
+        ConfigError: It names a layer that is not there, or leaves none.
+    """
+    if not isinstance(config.layers, LayerFilter):
+        return list(layers)
+    known = {key for layer in layers for key in (layer.index, layer.name)}
+    for key in (*config.layers.include, *config.layers.exclude):
+        if key not in known:
+            raise ConfigError(
+                f"no MoE layer {key!r}; there are {len(layers)}, 0 to {len(layers) - 1}: "
+                f"{', '.join(layer.name for layer in layers)}."
+            )
+    chosen = [layer for layer in layers if _passes(layer, config.layers)]
+    if not chosen:
+        raise ConfigError("`layers` leaves no MoE layer to attach to.")
+    return chosen
+
+
 def _chosen(discovery: Discovery, config: Config) -> list[FoundLayer]:
     """Apply the layer filter; refuse if a chosen layer cannot be taken."""
-    layers = list(discovery.layers)
-    if isinstance(config.layers, LayerFilter):
-        known = {key for layer in layers for key in (layer.info.index, layer.info.name)}
-        for key in (*config.layers.include, *config.layers.exclude):
-            if key not in known:
-                raise ConfigError(
-                    f"no MoE layer {key!r}; there are {len(layers)}, 0 to {len(layers) - 1}: "
-                    f"{', '.join(layer.info.name for layer in layers)}."
-                )
-        layers = [layer for layer in layers if _passes(layer, config.layers)]
-        if not layers:
-            raise ConfigError("`layers` leaves no MoE layer to attach to.")
+    chosen = chosen_layers([layer.info for layer in discovery.layers], config)
+    layers = [layer for layer in discovery.layers if layer.info in chosen]
     for layer in layers:
         if layer.refused:
             raise UnsupportedModelError(f"layer {layer.info.name!r} cannot be taken: {layer.refused}")
     return layers
 
 
-def _passes(layer: FoundLayer, chosen: LayerFilter) -> bool:
-    keys = {layer.info.index, layer.info.name}
+def _passes(layer: LayerInfo, chosen: LayerFilter) -> bool:
+    keys = {layer.index, layer.name}
     return (not chosen.include or bool(keys & set(chosen.include))) and not keys & set(chosen.exclude)
 
 

@@ -123,6 +123,61 @@ def evaluate(
 
 
 @app.command()
+def trace(
+    model: Annotated[str, typer.Argument(help="Folder of a model with its tokenizer, or `reference`.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Text to record: .jsonl with one example a line, or plain text.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File that is written.")] = Path("trace.safetensors"),
+    columns: Annotated[int, typer.Option("--columns", min=1, help="Most decode steps of an example.")] = 64,
+    prompts: Annotated[bool, typer.Option("--prompts", help="Record prompts, too.")] = False,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Examples that are read in one pass.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Record what a model's routers decide on your text, for `lynx simulate`."""
+    from lynx.cli.trace import run_trace
+
+    run_trace(model, data, out, columns, prompts, batch, as_json)
+
+
+@app.command()
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="File that `lynx trace` wrote.")],
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", help="'NAME option=value ...', or a configuration file. May be given again."),
+    ] = None,
+    ranges: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="An option to go through, option=from:to or option=from:to:count."),
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Sequences of a decode batch; several as 4,8,16.")] = "16",
+    columns: Annotated[int, typer.Option("--columns", min=1, help="Decode steps of each batch.")] = 64,
+    similar: Annotated[bool, typer.Option("--similar", help="Batches of one domain each, not mixed.")] = False,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often batches are formed anew.")] = 3,
+    batches: Annotated[int | None, typer.Option("--batches", min=1, help="Most batches of a seed.")] = None,
+    stress: Annotated[bool, typer.Option("--stress", help="Put prompts under the setting, too.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Replay settings on recorded routing: active experts and kept mass, without the model."""
+    from lynx.cli.simulate import run_simulate, sizes_of
+    from lynx.measuring.simulate import Traffic
+
+    if not strategy:
+        raise ConfigError("give at least one --strategy, for instance --strategy 'importance-threshold ratio=0.4'.")
+    traffic = Traffic(
+        sizes=sizes_of(batch),
+        columns=columns,
+        mix="similar" if similar else "mixed",
+        seeds=tuple(range(seeds)),
+        most_batches=batches,
+        stress=stress,
+    )
+    run_simulate(trace, strategy, ranges or [], traffic, layers, as_json)
+
+
+@app.command()
 def tune(
     model: Annotated[str, typer.Argument(help="Folder of a model with its tokenizer, or `reference`.")],
     data: Annotated[

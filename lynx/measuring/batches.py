@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from lynx.errors import ConfigError
 from lynx.measuring.examples import Example
 
 Mix = Literal["mixed", "similar"]
+
+
+class HasDomain(Protocol):
+    """What batches are made of."""
+
+    @property
+    def domain(self) -> str:
+        """What kind of text it is."""
+        ...
+
+
+_Item = TypeVar("_Item", bound=HasDomain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +69,7 @@ def forced_batches(
         ConfigError: Not one batch can be made.
     """
     long_enough = [example for example in examples if len(example.continuation) >= columns]
-    batches = list(_groups(long_enough, size, mix, seed))
+    batches = list(grouped(long_enough, size, mix, seed))
     if not batches:
         one = "of one domain " if mix == "similar" else ""
         raise ConfigError(
@@ -84,19 +96,20 @@ def align(prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int
     return ForcedBatch(ids, mask, start, scored)
 
 
-def _groups(examples: Sequence[Example], size: int, mix: Mix, seed: int) -> Iterator[list[Example]]:
-    domains = [list(group) for _, group in itertools.groupby(sorted(examples, key=_domain), key=_domain)]
+def grouped(items: Sequence[_Item], size: int, mix: Mix, seed: int) -> Iterator[list[_Item]]:
+    """Draw whole batches of items without putting back; the same for the same domains in the same order."""
+    domains = [list(group) for _, group in itertools.groupby(sorted(items, key=_domain), key=_domain)]
     chance = random.Random(seed)
     for domain in domains:
         chance.shuffle(domain)
     if mix == "mixed":
         # one of each domain in turn, so that a batch is never of one kind while there are others
         turns = itertools.zip_longest(*domains)
-        domains = [[example for turn in turns for example in turn if example is not None]]
+        domains = [[item for turn in turns for item in turn if item is not None]]
     made = [domain[i : i + size] for domain in domains for i in range(0, len(domain) - size + 1, size)]
     chance.shuffle(made)
     yield from made
 
 
-def _domain(example: Example) -> str:
-    return example.domain
+def _domain(item: HasDomain) -> str:
+    return item.domain
