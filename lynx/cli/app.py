@@ -152,7 +152,9 @@ def simulate(
         typer.Option("--sweep", help="An option to go through, option=from:to or option=from:to:count."),
     ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Sequences of a decode batch; several as 4,8,16.")] = "16",
-    columns: Annotated[int, typer.Option("--columns", min=1, help="Decode steps of each batch.")] = 64,
+    columns: Annotated[
+        int | None, typer.Option("--columns", min=1, help="Decode steps of each batch; as many as were recorded.")
+    ] = None,
     similar: Annotated[bool, typer.Option("--similar", help="Batches of one domain each, not mixed.")] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often batches are formed anew.")] = 3,
     batches: Annotated[int | None, typer.Option("--batches", min=1, help="Most batches of a seed.")] = None,

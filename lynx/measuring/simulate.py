@@ -27,7 +27,7 @@ class Traffic:
 
     Attributes:
         sizes: ``T``, sequences of a decode batch; every setting is simulated at each.
-        columns: Decode steps of each batch.
+        columns: Decode steps of each batch; None for as many as were recorded of a sequence at most.
         mix: Whether a batch holds all domains or one.
         seeds: Each makes batches of its own from the same sequences.
         most_batches: Most batches of a seed; None for as many as there are.
@@ -35,11 +35,25 @@ class Traffic:
     """
 
     sizes: tuple[int, ...] = (16,)
-    columns: int = 64
+    columns: int | None = None
     mix: Mix = "mixed"
     seeds: tuple[int, ...] = (0,)
     most_batches: int | None = None
     stress: bool = False
+
+    def columns_of(self, trace: Trace) -> int:
+        """Return the decode steps of each batch.
+
+        Raises:
+            ConfigError: More are asked for than were recorded.
+        """
+        recorded: int = trace.conditions["columns"]
+        if self.columns is not None and self.columns > recorded:
+            raise ConfigError(
+                f"the trace holds {recorded} decode steps of a sequence at most, and {self.columns} are asked for; "
+                f"give --columns {recorded} or fewer, or record more with `lynx trace --columns {self.columns}`."
+            )
+        return self.columns or recorded
 
     def batches(self, trace: Trace, size: int) -> list[list[TracedSequence]]:
         """Make the batches of one size, of all seeds: those that ``lynx eval`` makes of the same examples.
@@ -47,21 +61,16 @@ class Traffic:
         Raises:
             ConfigError: Not one batch can be made, or prompts are asked for that were not recorded.
         """
-        recorded = trace.conditions["columns"]
-        if self.columns > recorded:
-            raise ConfigError(
-                f"the trace holds {recorded} decode steps of a sequence at most, and {self.columns} are asked for; "
-                f"give --columns {recorded} or fewer, or record more with `lynx trace --columns {self.columns}`."
-            )
+        columns = self.columns_of(trace)
         if self.stress and not trace.has_prompts:
             raise ConfigError("the trace holds no prompts; record them with `lynx trace --prompts`.")
-        long_enough = [each for each in trace.sequences if each.continuation >= self.columns]
+        long_enough = [each for each in trace.sequences if each.continuation >= columns]
         made = (list(grouped(long_enough, size, self.mix, seed)) for seed in self.seeds)
         batches = [batch for batches in made for batch in batches[: self.most_batches]]
         if not batches:
             one = "of one domain " if self.mix == "similar" else ""
             raise ConfigError(
-                f"a batch of {size} needs as many sequences {one}that go on for {self.columns} tokens; of the trace's "
+                f"a batch of {size} needs as many sequences {one}that go on for {columns} tokens; of the trace's "
                 f"{len(trace.sequences)} {len(long_enough)} go on for so long. Give a smaller batch or fewer columns, "
                 "or record more text."
             )
@@ -166,7 +175,7 @@ def simulate(
             for setting, layers in zip(settings, chosen, strict=True)
         ]
         for batch in traffic.batches(trace, size):
-            steps = decode_steps(batch, traffic.columns, traffic.stress)
+            steps = decode_steps(batch, traffic.columns_of(trace), traffic.stress)
             with torch.inference_mode():
                 # layer by layer within a batch, as a model runs: strategies may hold state
                 for info in trace.layers:
@@ -184,6 +193,7 @@ def simulate(
         "lynx": lynx.__version__,
         "torch": str(torch.__version__),
         **asdict(traffic),
+        "columns": traffic.columns_of(trace),
         "trace": trace.conditions,
     }
     return Simulation(tuple(rows[key] for key in sorted(rows)), conditions)

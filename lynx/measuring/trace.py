@@ -143,6 +143,7 @@ def record(
     used = [example for example in examples if example.continuation]
     if not used:
         raise ConfigError(f"none of {len(examples)} examples has a continuation; decode steps are recorded of those.")
+    columns = min(columns, max(len(example.continuation) for example in used))
     sequences, order = _laid_out(used, columns, prompts)
     recorder = Recorder(prompts=prompts)
     origins = {

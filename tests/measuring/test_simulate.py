@@ -194,6 +194,12 @@ def test_layers_of_a_configuration(trace):
     assert some.report.layers == every.report.layers[1::2]
 
 
+def test_as_many_steps_as_were_recorded(trace):
+    traffic = Traffic(sizes=(15,))
+    result = simulate(trace, [parse_setting("exact")], traffic)
+    assert result.rows[0].report.total["decode"].steps == result.conditions["columns"] == COLUMNS + 2
+
+
 def test_steps_are_aligned_where_continuations_start():
     batch = [TracedSequence(10, 1, 3, ""), TracedSequence(40, 3, 3, "")]
     assert decode_steps(batch, 2).tolist() == [[11, 43], [12, 44]]

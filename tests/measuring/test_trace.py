@@ -197,5 +197,8 @@ def test_the_command(capsys, tmp_path):
     assert open_trace(out).tokens == 5
     run("reference", *small, "--prompts", "--out", str(out))
     assert "15 tokens of 1 sequences: 1 code" in capsys.readouterr().out
+    run("reference", "--data", str(data), "--out", str(out))
+    capsys.readouterr()
+    assert open_trace(out).conditions["columns"] == len("    return x") + 1  # the longest there is
     run("nowhere", *small, code=2)
     assert "cannot load a model" in capsys.readouterr().err
