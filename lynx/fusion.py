@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lynx.counters import Counters
 from lynx.errors import ConfigError
-from lynx.keep import AnyOf, ByDemand, ByMass, ByRank, ByRatio, KeepRule
+from lynx.keep import AnyOf, ByCoverage, ByDemand, ByMass, ByRank, ByRatio, KeepRule
 from lynx.kernels.backends import requested
 from lynx.kernels.route import MAX_TOKENS, RouteRule, RouteSettings, route, why_not_route
 from lynx.rerouting import Rerouted
@@ -127,7 +127,9 @@ def _sole(name: str, bound: BoundStrategy) -> SelectionStrategy:
 def _translate(strategy: SelectionStrategy, info: LayerInfo) -> tuple[RouteRule, RouteSettings]:
     keep = strategy.rule()
     assert keep is not None
-    parts = _parts(keep)
+    parts = _floored(_parts(keep), strategy.floor)
+    if any(isinstance(part, ByCoverage) for part in parts):
+        raise NotFusable(f"{strategy.name} keeps by coverage, which the kernel does not")
     if len({type(part) for part in parts}) < len(parts):
         raise NotFusable(f"{strategy.name} joins two rules of a kind")
     shares = {getattr(part, "share", True) for part in parts}
@@ -154,6 +156,16 @@ def _translate(strategy: SelectionStrategy, info: LayerInfo) -> tuple[RouteRule,
                 budget = -1.0 if part.budget is None else float(part.budget)
                 settings = replace(settings, budget=budget, drop=float(part.drop), demand_protect=float(part.protect))
     return rule, settings
+
+
+def _floored(parts: list[KeepRule], floor: float) -> list[KeepRule]:
+    """The parts with a floor among them: a rule by mass of its own, or the one there is with more of it."""
+    if floor <= 0.0:
+        return parts
+    masses = [part for part in parts if isinstance(part, ByMass)]
+    if not masses:
+        return [*parts, ByMass(floor, share=all(getattr(part, "share", True) for part in parts))]
+    return [replace(part, mass=max(part.mass, floor)) if part is masses[0] else part for part in parts]
 
 
 def _parts(rule: KeepRule) -> list[KeepRule]:

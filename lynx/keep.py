@@ -1,7 +1,7 @@
 """Keep rules: the declarative rung of the ladder, which one fused kernel can execute for every strategy.
 
 A rule says which experts stay active. Rules by rank, ratio and mass say what each token wants of its own top-k, and
-sharing takes the union over tokens; the demand rule ranks experts for the batch as a whole.
+sharing takes the union over tokens; the rules by demand and by coverage rank experts for the batch as a whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lynx.routing import Routing
+from lynx.routing import Routing, in_units
 
 Utility = Literal["own-mass", "normalised-own-mass", "count"]
 
@@ -56,7 +56,7 @@ class ByMass:
     @property
     def reach(self) -> float:
         """The mass to compare with: beyond all there is where everything is to be kept, slots of weight 0 included."""
-        return 2.0 if self.mass >= 1.0 else self.mass
+        return _reach(self.mass)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,37 @@ class ByDemand:
 
 
 @dataclass(frozen=True, slots=True)
+class ByCoverage:
+    """The fewest experts that answer a share of the batch's demand.
+
+    Experts are taken by demand, ties by lowest id, until they cover ``share`` of all there is. Those that EXACT rows
+    have woken already come before all others, as they cost nothing, then each token's best ``protect`` experts.
+
+    Attributes:
+        share: Of the demand; 1 keeps all that is wanted.
+        utility: What a token's wish is worth, see :meth:`lynx.Routing.demand`.
+        protect: Each token's best ``protect`` experts stay in any case, and count towards the share.
+    """
+
+    share: float
+    utility: Utility = "normalised-own-mass"
+    protect: int = 1
+
+    def keep(self, routing: Routing) -> Tensor:
+        """Return ``(E,)`` bool."""
+        demand = routing.demand(self.utility)
+        candidate, order = _in_order(routing, demand, self.protect)
+        units = in_units(demand).clamp_min(0)
+        woken = units.masked_fill(~routing.woken, 0).sum(-1, keepdim=True)
+        total = units.sum(-1, keepdim=True).clamp_min(1)
+        taken = units.masked_fill(~candidate, 0).gather(-1, order)
+        before = woken + taken.cumsum(-1) - taken
+        needed = before.float() < _reach(self.share) * total.float()
+        protected = routing.protected(self.protect).any(-2)
+        return candidate & (torch.empty_like(needed).scatter(-1, order, needed) | protected)
+
+
+@dataclass(frozen=True, slots=True)
 class AnyOf:
     """The union of several rules."""
 
@@ -100,7 +131,7 @@ class AnyOf:
         return union
 
 
-KeepRule = ByRank | ByRatio | ByMass | ByDemand | AnyOf
+KeepRule = ByRank | ByRatio | ByMass | ByDemand | ByCoverage | AnyOf
 
 
 def most_wanted(routing: Routing, score: Tensor, budget: int | None = None, drop: int = 0, protect: int = 1) -> Tensor:
@@ -116,13 +147,22 @@ def most_wanted(routing: Routing, score: Tensor, budget: int | None = None, drop
     Returns:
         ``(E,)`` bool.
     """
-    candidate = routing.wanted & ~routing.woken
-    key = score.masked_fill(routing.protected(protect).any(-2), torch.inf).masked_fill(~candidate, -torch.inf)
-    order = torch.sort(key, dim=-1, descending=True, stable=True).indices
-    places = torch.arange(routing.num_experts, device=key.device).expand_as(order)
+    candidate, order = _in_order(routing, score, protect)
+    places = torch.arange(routing.num_experts, device=order.device).expand_as(order)
     place = torch.empty_like(order).scatter(-1, order, places)
     limit: int | Tensor = candidate.sum(-1, keepdim=True) - drop if budget is None else budget
     return candidate & (place < limit)
+
+
+def _in_order(routing: Routing, score: Tensor, protect: int) -> tuple[Tensor, Tensor]:
+    """Candidates ``(E,)`` bool, and ``(E,)`` ids in the order in which they are taken."""
+    candidate = routing.wanted & ~routing.woken
+    key = score.masked_fill(routing.protected(protect).any(-2), torch.inf).masked_fill(~candidate, -torch.inf)
+    return candidate, torch.sort(key, dim=-1, descending=True, stable=True).indices
+
+
+def _reach(share: float) -> float:
+    return 2.0 if share >= 1.0 else share
 
 
 def _share(routing: Routing, wanted: Tensor, share: bool) -> Tensor:

@@ -204,7 +204,8 @@ def _cells(name: str, phase: PhaseReport, failures: int) -> list[str]:
 
 def _describe(strategy: dict[str, Any]) -> str:
     """Name a strategy with the options that are on, its own before those that every strategy has."""
-    general = ("protect", "refill")
+    general = ("protect", "refill", "floor")
     keys = [*(key for key in strategy if key not in general), *(key for key in general if key in strategy)]
+    keys = [key for key in keys if key != "floor" or strategy[key]]
     options = [f"{key}={strategy[key]}" for key in keys if key != "name" and strategy[key] is not None]
     return f"{strategy['name']}({', '.join(options)})"

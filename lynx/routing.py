@@ -311,4 +311,9 @@ class Routing:
 
 def sum_votes(votes: Tensor) -> Tensor:
     """Sum votes ``(T, E)`` over tokens to ``(E,)``, exactly and so independently of token order."""
-    return (votes * _UNITS).long().sum(-2).float() / _UNITS
+    return in_units(votes).sum(-2).float() / _UNITS
+
+
+def in_units(votes: Tensor) -> Tensor:
+    """Return votes as whole numbers, int64, whose sums are exact in any order."""
+    return (votes * _UNITS).long()

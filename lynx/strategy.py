@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lynx.errors import ConfigError, StrategyError
-from lynx.keep import KeepRule
+from lynx.keep import ByMass, KeepRule
 from lynx.routing import Phase, Routing, WeightRule
 from lynx.validation import Options
 
@@ -148,10 +148,13 @@ class SelectionStrategy(BaseStrategy):
     Attributes:
         protect: Each token's best ``protect`` experts always stay; 0 is for research.
         refill: What a token's lost slots get: ``re-pick`` its next best active experts, ``none`` nothing.
+        floor: Each token's best experts stay until they hold this share of its own weight, whatever the method says;
+            1 changes nothing.
     """
 
     protect: int = Field(1, ge=0, description="each token's best `protect` experts always stay")
     refill: Literal["re-pick", "none"] = Field("re-pick", description="what lost slots get")
+    floor: float = Field(0.0, ge=0, le=1, description="share of its own weight that each token keeps at least")
 
     def rule(self) -> KeepRule | None:
         """Return a declarative keep rule, if the method is one."""
@@ -173,7 +176,7 @@ class SelectionStrategy(BaseStrategy):
 
     @final
     def keep(self, routing: Routing) -> Keep:
-        """Check what :meth:`select` returned and add the protected experts."""
+        """Check what :meth:`select` returned and add the protected experts, and those of the floor."""
         # An author's code gets a copy: it may write into it, and what the core re-routes stays the model's own.
         written_here = type(self).select is not SelectionStrategy.select
         active = self.select(routing.copied() if written_here else routing)
@@ -185,10 +188,22 @@ class SelectionStrategy(BaseStrategy):
                 f"strategy {self.name!r} returned {got}; select() must return a bool tensor of shape "
                 f"{tuple(shared)}, shared by the batch, or {tuple(full)}, one row per token."
             )
+        return self.secured(routing, active)
+
+    @final
+    def secured(self, routing: Routing, active: Tensor) -> Keep:
+        """Add what each token is promised: its best `protect` experts, and those of the floor.
+
+        Args:
+            routing: The batch.
+            active: ``(E,)`` bool shared by the batch, or ``(T, E)``.
+        """
+        alone = active.shape == routing.choice.shape
         protected = routing.protected(self.protect)
-        if active.shape == full:
-            return Keep(active | protected, self.refill == "re-pick")
-        return Keep((active | protected.any(-2)).unsqueeze(-2), self.refill == "re-pick")
+        active = active | (protected if alone else protected.any(-2))
+        if self.floor > 0.0:
+            active = active | ByMass(self.floor, share=not alone).keep(routing)
+        return Keep(active if alone else active.unsqueeze(-2), self.refill == "re-pick")
 
 
 class Wrapper(BaseStrategy):

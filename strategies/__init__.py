@@ -6,6 +6,7 @@ from lynx.hookspecs import hookimpl
 from lynx.strategies.affinity_binning import AffinityBinning
 from lynx.strategies.batch_union import BatchUnion
 from lynx.strategies.by_batch_size import ByBatchSize
+from lynx.strategies.coverage import Coverage
 from lynx.strategies.exact import Exact
 from lynx.strategies.importance_threshold import ImportanceThreshold
 from lynx.strategies.per_layer import PerLayer
@@ -19,6 +20,7 @@ __all__ = [
     "AffinityBinning",
     "BatchUnion",
     "ByBatchSize",
+    "Coverage",
     "Exact",
     "ImportanceThreshold",
     "PerLayer",
@@ -36,6 +38,7 @@ def lynx_strategies() -> list[type[BaseStrategy]]:
         BatchUnion,
         ImportanceThreshold,
         TopBudget,
+        Coverage,
         PhaseAware,
         Popularity,
         AffinityBinning,

@@ -138,7 +138,12 @@ class Case:
     @property
     def protect(self) -> int:
         """How many of its best experts each token is promised."""
-        return _protect(self.strategy)
+        return int(_least(self.strategy, "protect"))
+
+    @property
+    def floor(self) -> float:
+        """The share of its own weight that each token is promised."""
+        return _least(self.strategy, "floor")
 
     def bind(self, strategy: BaseStrategy) -> LayerSelection:
         """Put a strategy to work on the layer."""
@@ -171,8 +176,8 @@ class Case:
             raise ContractViolation("knob", f"its value {option}={value} is refused: {error}") from error
 
 
-def _protect(strategy: BaseStrategy) -> int:
+def _least(strategy: BaseStrategy, option: str) -> float:
     if isinstance(strategy, SelectionStrategy):
-        return strategy.protect
+        return float(getattr(strategy, option))
     children = strategy.children() if isinstance(strategy, Wrapper) else ()
-    return min((_protect(child) for child in children), default=0)
+    return min((_least(child, option) for child in children), default=0)

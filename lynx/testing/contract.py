@@ -63,7 +63,7 @@ def budget_is_respected_and_used(case: Case) -> Iterator[str]:
     if not used <= wanted:
         yield f"in use are {sorted(used - wanted)}, which no OPEN row wanted"
     due = min(max(budget, len(protected)), len(wanted))
-    if len(used) != due:
+    if len(used) < due or (len(used) > due and not case.floor):  # a floor may take more
         yield f"budget={budget}, {len(protected)} protected, {len(wanted)} wanted: {len(used)} in use, not {due}"
 
 
@@ -80,6 +80,7 @@ INVARIANTS: tuple[Callable[[Case], Iterator[str]], ...] = (
     guarantees.empty_slots_repeat_the_best_kept_expert,
     guarantees.weights_follow_the_models_rule,
     guarantees.losses_are_told,
+    guarantees.floor_is_kept,
     symmetries.order_of_tokens,
     symmetries.numbering_of_experts,
     symmetries.padding_is_silent,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from lynx.routing import Role
+from lynx.strategy import SelectionStrategy
 from lynx.testing.case import Case, Row
 from lynx.testing.transforms import same_bits
 
@@ -109,6 +111,19 @@ def losses_are_told(case: Case) -> Iterator[str]:
         told = (case.result.lost[row.index].tolist(), lost_ids[row.index], lost_weights[row.index])
         if told != (lost, ids, weights):
             yield f"row {row.index} lost {ids} at {weights}; told were {told}"
+
+
+def floor_is_kept(case: Case) -> Iterator[str]:
+    """Each token keeps the share of its own weight that `floor` promises, at every floor."""
+    cases = [case]
+    if isinstance(case.strategy, SelectionStrategy):
+        cases += [replace(case, strategy=case.with_option("floor", floor)) for floor in (0.45, 0.85)]
+    for tried in cases:
+        for row in tried.open_rows:
+            kept = [w for old, new, w in zip(row.ids, row.new_ids, row.weights, strict=True) if old == new]
+            share = math.fsum(kept) / math.fsum(row.weights)
+            if share < tried.floor - 1e-5:
+                yield f"row {row.index} of weights {row.weights} keeps {share:.6f} of it, with floor={tried.floor}"
 
 
 def _verbatim(case: Case, row: Row) -> bool:

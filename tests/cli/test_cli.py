@@ -96,7 +96,13 @@ def test_strategies_lists_all(run: Runs) -> None:
 def test_one_strategy_with_its_options(run: Runs) -> None:
     one = json.loads(run("strategies", "top-budget", "--json").stdout)
     options = {option["name"]: option["default"] for option in one["options"]}
-    assert options == {"protect": "1", "refill": '"re-pick"', "budget": "required", "utility": '"normalised-own-mass"'}
+    assert options == {
+        "protect": "1",
+        "refill": '"re-pick"',
+        "floor": "0.0",
+        "budget": "required",
+        "utility": '"normalised-own-mass"',
+    }
     assert "arXiv" in run("strategies", "top-budget").stdout
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from lynx.keep import ByDemand, ByRank, most_wanted
+from lynx.keep import ByDemand, ByMass, ByRank, most_wanted
 from lynx.rerouting import Rerouted, reroute
 from lynx.routing import Role
 from lynx.strategy import Keep, Knob, SelectionStrategy
@@ -90,7 +90,7 @@ class Remembers(SelectionStrategy):
             def keep(_, routing):
                 top = ByRank(1).keep(routing)
                 memory.logical_or_(top if top.ndim == 1 else top.any(0))
-                return replace(self.keep(routing), active=(memory & routing.wanted | top).unsqueeze(-2))
+                return self.secured(routing, memory & routing.wanted | top)
 
         return Bound()
 
@@ -225,9 +225,14 @@ STRATEGIES = {
 }
 
 
-def unprotected(strategy, routing):
-    """A stand-in for `SelectionStrategy.keep` that forgets `protect`."""
-    return Keep(strategy.select(routing).unsqueeze(-2), True)
+def unprotected(strategy, routing, active):
+    """A stand-in for `SelectionStrategy.secured` that forgets `protect`."""
+    return Keep((active | ByMass(strategy.floor).keep(routing)).unsqueeze(-2), True)
+
+
+def floorless(strategy, routing, active):
+    """A stand-in for `SelectionStrategy.secured` that forgets `floor`."""
+    return Keep((active | routing.protected(strategy.protect).any(-2)).unsqueeze(-2), True)
 
 
 # Cores: stand-ins for `lynx.rerouting.reroute`.
@@ -318,7 +323,11 @@ def overwrites_padding(routing, keep):
 
 
 CORES = {
-    drops_the_best: {"rows-that-lose-nothing-come-back-verbatim", "full-setting-changes-nothing"},
+    drops_the_best: {
+        "rows-that-lose-nothing-come-back-verbatim",
+        "full-setting-changes-nothing",
+        "floor-is-kept",
+    },
     re_routes_every_row: {"exact-and-padding-rows-untouched", "rows-that-are-not-finite-stay-exact"},
     does_not_wake: {"rows-that-lose-nothing-come-back-verbatim", "re-picks-are-the-best-active-experts"},
     picks_the_forbidden: {"re-picks-are-the-best-active-experts", "empty-slots-repeat-the-best-kept-expert"},

@@ -150,6 +150,25 @@ def most_wanted(batch, score, budget=None, drop=0, protect=1):
     return protected | set(rest[:free])
 
 
+def covering(batch, score, share, protect=1):
+    """The fewest by score that cover a share of it all; what EXACT rows have woken is covered already."""
+    candidates = batch.wanted() - batch.woken()
+    protected = batch.protected(protect) & candidates
+    total, covered = sum(score), sum(score[e] for e in batch.woken())
+    kept = set(protected)
+    previous = None
+    for e in sorted(candidates, key=lambda e: (e not in protected, -score[e], e)):
+        if abs(covered - share * total) < 1e-6 and share < 1:
+            raise Ambiguous
+        if previous is not None and e not in protected and 0 < abs(score[e] - score[previous]) < 1e-6:
+            raise Ambiguous
+        if covered < share * total or share >= 1:
+            kept.add(e)
+        covered += score[e]
+        previous = e
+    return kept
+
+
 @dataclass
 class Expected:
     """One row after re-routing."""

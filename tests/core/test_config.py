@@ -52,7 +52,7 @@ class TestRoundTrip:
         config = lynx.load_config({"strategy": {"name": "batch-union", "top": 3}})
         config.save(tmp_path / "lynx.yaml")
         assert yaml.safe_load((tmp_path / "lynx.yaml").read_text()) == {
-            "strategy": {"name": "batch-union", "protect": 1, "refill": "re-pick", "top": 3},
+            "strategy": {"name": "batch-union", "protect": 1, "refill": "re-pick", "floor": 0.0, "top": 3},
             "min_tokens": 2,
             "max_decode_q": 1,
             "layers": "all",
@@ -137,7 +137,9 @@ class TestErrors:
     def test_an_unknown_option_too(self):
         with pytest.raises(lynx.ConfigError) as told:
             lynx.make_strategy("batch-union", tpo=3)
-        expected = "strategy 'batch-union': no option 'tpo'. Did you mean 'top'? Options: name, protect, refill, top."
+        expected = (
+            "strategy 'batch-union': no option 'tpo'. Did you mean 'top'? Options: name, protect, refill, floor, top."
+        )
         assert str(told.value) == expected
         assert isinstance(told.value.__cause__, pydantic.ValidationError)
 

@@ -34,6 +34,9 @@ def test_registered_strategies_pass_quickly(name):
         {"name": "static-top", "top": 1, "refill": "re-pick"},
         {"name": "top-budget", "budget": 2, "utility": "count", "protect": 0},
         {"name": "top-budget", "budget": 3, "utility": "own-mass", "refill": "none"},
+        {"name": "top-budget", "budget": 2, "floor": 0.6},
+        {"name": "static-top", "top": 1, "floor": 0.6},
+        {"name": "coverage", "share": 0.3, "utility": "count", "protect": 0},
         {"name": "affinity-binning", "budget": 2, "alpha": 3.0, "beta": 2},
         {
             "name": "phase-aware",
@@ -73,10 +76,17 @@ def test_broken_cores_are_caught(core, monkeypatch):
 
 
 def test_a_core_that_forgets_protection_is_caught(monkeypatch):
-    monkeypatch.setattr(lynx.SelectionStrategy, "keep", broken.unprotected)
+    monkeypatch.setattr(lynx.SelectionStrategy, "secured", broken.unprotected)
     with pytest.raises(ContractViolation) as caught:
         check_strategy(lynx.make_strategy("top-budget", budget=1))
     assert caught.value.invariant == "protected-experts-stay"
+
+
+def test_a_core_that_forgets_the_floor_is_caught(monkeypatch):
+    monkeypatch.setattr(lynx.SelectionStrategy, "secured", broken.floorless)
+    with pytest.raises(ContractViolation) as caught:
+        check_strategy(lynx.make_strategy("top-budget", budget=1))
+    assert caught.value.invariant == "floor-is-kept"
 
 
 def test_a_failure_prints_the_call_that_makes_the_batch():

@@ -29,7 +29,8 @@ def expected_rows(draw, name, batch, experts, top_k):
     """Draw options; return the strategy and the oracle's rows. `batch` has prefill rows made exact."""
     protect = draw(st.integers(0, min(2, top_k)))
     refill = draw(st.sampled_from(["re-pick", "none"]))
-    common = {"protect": protect, "refill": refill}
+    floor = draw(st.sampled_from([0.0, 0.0, 0.53, 0.87]))
+    common = {"protect": protect, "refill": refill, "floor": floor}
     if name in ("batch-union", "static-top"):
         top = draw(st.integers(1, top_k))
         wants = reference.wants_by_rank(batch, top)
@@ -52,17 +53,33 @@ def expected_rows(draw, name, batch, experts, top_k):
         options = {"budget": budget, "alpha": alpha, "beta": beta}
         score = reference.binned_affinity(batch, alpha, beta)
         active = reference.most_wanted(batch, score, budget, 0, protect)
+    elif name == "coverage":
+        utility = draw(st.sampled_from(["count", "own-mass", "normalised-own-mass"]))
+        options = {"share": draw(st.sampled_from([0.0, 0.31, 0.57, 0.83, 1.0])), "utility": utility}
+        active = reference.covering(batch, reference.demand(batch, utility), options["share"], protect)
     else:
         options, active = {}, batch.wanted()
+    least = reference.wants_by_mass(batch, floor)
     if isinstance(active, dict):
-        active = [active.get(t, set()) for t in range(len(batch.role))]
+        active = [active[t] | least[t] if t in active else set() for t in range(len(batch.role))]
+    else:
+        active = active | reference.union(least)
     strategy = lynx.make_strategy(name, **options, **common)
     return strategy, reference.reroute(batch, active, refill == "re-pick", protect)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["batch-union", "static-top", "importance-threshold", "top-budget", "popularity", "affinity-binning", "exact"],
+    [
+        "batch-union",
+        "static-top",
+        "importance-threshold",
+        "top-budget",
+        "coverage",
+        "popularity",
+        "affinity-binning",
+        "exact",
+    ],
 )
 @settings(max_examples=100)
 @given(data=st.data(), spec=specs())
@@ -85,6 +102,7 @@ def test_every_strategy_is_held_to_the_oracle_here():
     assert simple == {
         "affinity-binning",
         "batch-union",
+        "coverage",
         "exact",
         "importance-threshold",
         "popularity",
@@ -125,6 +143,8 @@ class TestBinding:
             ("popularity", {"drop": -1}, "drop"),
             ("batch-union", {"protect": -1}, "protect"),
             ("batch-union", {"refill": "some"}, "refill"),
+            ("batch-union", {"floor": 1.1}, "floor"),
+            ("coverage", {"share": 1.1}, "share"),
             ("importance-threshold", {}, "exactly one of `ratio` and `mass`"),
             ("importance-threshold", {"ratio": 0.5, "mass": 0.5}, "exactly one of `ratio` and `mass`"),
             ("importance-threshold", {"ratio": 1.1}, "ratio"),
@@ -172,6 +192,13 @@ class TestByHand:
             # shares: 0 has .73 + .27, 1 has .27 + .62, 2 has .38 + .73
             ({"name": "top-budget", "budget": 1, "protect": 0}, {2}),
             ({"name": "top-budget", "budget": 2, "protect": 0}, {0, 2}),
+            # of 3 votes the best has 1.11, and with the next it is 2.11
+            ({"name": "coverage", "share": 0.36, "protect": 0}, {2}),
+            ({"name": "coverage", "share": 0.38, "protect": 0}, {0, 2}),
+            ({"name": "coverage", "share": 0.75, "protect": 0}, {0, 1, 2}),
+            # tokens have .73 on 0, .62 on 1 and .73 on 2; 0 has .27 of another
+            ({"name": "batch-union", "top": 1, "floor": 0.7}, {0, 1, 2}),
+            ({"name": "top-budget", "budget": 1, "protect": 0, "floor": 0.5}, {0, 1, 2}),
             # two wish for each: the lowest ids stay
             ({"name": "top-budget", "budget": 2, "protect": 0, "utility": "count"}, {0, 1}),
             ({"name": "popularity", "drop": 1, "protect": 0}, {0, 1}),
@@ -228,9 +255,11 @@ class TestByHand:
         for name, options in [
             ("top-budget", {}),
             ("top-budget", {"utility": "count"}),
+            ("coverage", {"share": 0.9}),
             ("affinity-binning", {"beta": 1}),
         ]:
-            strategy = lynx.make_strategy(name, budget=3, protect=0, **options)
+            budget = {} if name == "coverage" else {"budget": 3}
+            strategy = lynx.make_strategy(name, protect=0, **budget, **options)
             assert members(strategy.bind(layer_of(routing)).keep(routing).active[0]) == favourite
 
 

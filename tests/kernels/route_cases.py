@@ -63,23 +63,25 @@ def strategies(E: int, k: int) -> st.SearchStrategy[SelectionStrategy]:
     """All of them, with options at which most batches lose something."""
     protect = st.integers(0, min(k, 2))
     refill = st.sampled_from(["re-pick", "re-pick", "none"])
+    floor = st.sampled_from([0.0, 0.0, 0.0, 0.3, 0.7])
     few, share = st.integers(1, max(1, k // 2)), st.floats(0, 1, width=32)
     return st.one_of(
-        st.builds(BatchUnion, top=few, protect=protect, refill=refill),
-        st.builds(ImportanceThreshold, ratio=share, protect=protect, refill=refill),
-        st.builds(ImportanceThreshold, mass=st.floats(0.01, 1), protect=protect, refill=refill),
+        st.builds(BatchUnion, top=few, protect=protect, refill=refill, floor=floor),
+        st.builds(ImportanceThreshold, ratio=share, protect=protect, refill=refill, floor=floor),
+        st.builds(ImportanceThreshold, mass=st.floats(0.01, 1), protect=protect, refill=refill, floor=floor),
         st.builds(
             TopBudget,
             budget=st.integers(1, max(1, E // 3)),
             utility=st.sampled_from(["own-mass", "normalised-own-mass", "count"]),
             protect=protect,
             refill=refill,
+            floor=floor,
         ),
-        st.builds(Popularity, drop=st.integers(E // 4, E), protect=protect, refill=refill),
-        st.builds(StaticTop, top=few, protect=protect, refill=refill),
-        st.builds(Steep, ratio=share, protect=protect, refill=refill),
-        st.builds(Alone, mass=st.floats(0.01, 1), protect=protect, refill=refill),
-        st.builds(Joined, top=few, budget=st.integers(1, max(1, E // 3)), protect=protect, refill=refill),
+        st.builds(Popularity, drop=st.integers(E // 4, E), protect=protect, refill=refill, floor=floor),
+        st.builds(StaticTop, top=few, protect=protect, refill=refill, floor=floor),
+        st.builds(Steep, ratio=share, protect=protect, refill=refill, floor=floor),
+        st.builds(Alone, mass=st.floats(0.01, 1), protect=protect, refill=refill, floor=floor),
+        st.builds(Joined, top=few, budget=st.integers(1, max(1, E // 3)), protect=protect, refill=refill, floor=floor),
         st.just(Exact()),
     )
 

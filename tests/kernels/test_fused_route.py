@@ -127,6 +127,19 @@ def test_protected_experts_stay(strategy, launches):
 
 
 @WAYS
+@pytest.mark.parametrize("strategy", [BatchUnion(top=1), TopBudget(budget=1), StaticTop(top=1), Alone(mass=0.1)])
+def test_a_floor_is_kept(strategy, launches):
+    routing = make(experts=64, skew=0.0)
+    _, without, _ = check(strategy, routing, launches)
+    _, result, counts = check(strategy.model_copy(update={"floor": 0.7}), routing, launches)
+    share = 1.0 - routing.slot_mass.masked_fill(~result.lost, 0.0).sum(-1)
+    assert share.min() >= 0.7 - 1e-6
+    assert counts[Phase.DECODE].kept_mass_worst >= 0.7 - 1e-6
+    assert result.lost.any()
+    assert (1.0 - routing.slot_mass.masked_fill(~without.lost, 0.0).sum(-1)).min() < 0.7
+
+
+@WAYS
 def test_lost_slots_get_the_next_best_in_order(launches):
     routing = make(experts=40, roles=[Role.EXACT] * 6 + [Role.OPEN] * 6)
     _, result, _ = check(Alone(mass=0.2), routing, launches)

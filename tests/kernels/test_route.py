@@ -31,6 +31,7 @@ DEVICE_OF_TENSORS = torch.zeros(0, device=DEVICE).device
 INFO = LayerInfo("layer", 0, 16, 4, WeightRule())
 IN_TORCH = {
     "affinity-binning": "affinity-binning selects in torch",
+    "coverage": "coverage keeps by coverage, which the kernel does not",
     "by-batch-size": "by-batch-size is no single strategy with a keep rule",
 }
 
