@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lynx.counters import Counters
 from lynx.errors import ConfigError
-from lynx.keep import AnyOf, ByCoverage, ByDemand, ByMass, ByRank, ByRatio, KeepRule
+from lynx.keep import AnyOf, ByCoverage, ByDemand, ByMass, ByPool, ByRank, ByRatio, KeepRule
 from lynx.kernels.backends import requested
 from lynx.kernels.route import MAX_TOKENS, RouteRule, RouteSettings, route, why_not_route
 from lynx.rerouting import Rerouted
@@ -128,8 +128,9 @@ def _translate(strategy: SelectionStrategy, info: LayerInfo) -> tuple[RouteRule,
     keep = strategy.rule()
     assert keep is not None
     parts = _floored(_parts(keep), strategy.floor)
-    if any(isinstance(part, ByCoverage) for part in parts):
-        raise NotFusable(f"{strategy.name} keeps by coverage, which the kernel does not")
+    for kind, what in ((ByCoverage, "coverage"), (ByPool, "pooled mass")):
+        if any(isinstance(part, kind) for part in parts):
+            raise NotFusable(f"{strategy.name} keeps by {what}, which the kernel does not")
     if len({type(part) for part in parts}) < len(parts):
         raise NotFusable(f"{strategy.name} joins two rules of a kind")
     shares = {getattr(part, "share", True) for part in parts}

@@ -1,7 +1,7 @@
 """Keep rules: the declarative rung of the ladder, which one fused kernel can execute for every strategy.
 
 A rule says which experts stay active. Rules by rank, ratio and mass say what each token wants of its own top-k, and
-sharing takes the union over tokens; the rules by demand and by coverage rank experts for the batch as a whole.
+sharing takes the union over tokens; the others look at the batch as a whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lynx.routing import Routing, in_units
+from lynx.routing import Routing, in_units, sum_votes
 
 Utility = Literal["own-mass", "normalised-own-mass", "count"]
 
@@ -131,7 +131,29 @@ class AnyOf:
         return union
 
 
-KeepRule = ByRank | ByRatio | ByMass | ByDemand | ByCoverage | AnyOf
+@dataclass(frozen=True, slots=True)
+class ByPool:
+    """The experts that matter enough to the tokens together.
+
+    Attributes:
+        least: An expert stays if ``(sum over OPEN tokens of mass ** power) ** (1 / power)`` reaches this.
+        power: 1 adds masses up, a large one is the largest mass that any token has; between them many small wishes
+            count for something, and one large wish for more.
+    """
+
+    least: float
+    power: int = 4
+
+    def keep(self, routing: Routing) -> Tensor:
+        """Return ``(E,)`` bool."""
+        votes = routing.mass**self.power
+        if routing.priority is not None:
+            # rows that are not OPEN contribute exactly 0, NaN included
+            votes = (votes * routing.priority.unsqueeze(-1)).masked_fill(~routing.own, 0.0)
+        return routing.wanted & (sum_votes(votes) >= self.least**self.power)
+
+
+KeepRule = ByRank | ByRatio | ByMass | ByDemand | ByCoverage | ByPool | AnyOf
 
 
 def most_wanted(routing: Routing, score: Tensor, budget: int | None = None, drop: int = 0, protect: int = 1) -> Tensor:

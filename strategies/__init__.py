@@ -11,6 +11,7 @@ from lynx.strategies.exact import Exact
 from lynx.strategies.importance_threshold import ImportanceThreshold
 from lynx.strategies.per_layer import PerLayer
 from lynx.strategies.phase_aware import PhaseAware
+from lynx.strategies.pooled_threshold import PooledThreshold
 from lynx.strategies.popularity import Popularity
 from lynx.strategies.static_top import StaticTop
 from lynx.strategies.top_budget import TopBudget
@@ -25,6 +26,7 @@ __all__ = [
     "ImportanceThreshold",
     "PerLayer",
     "PhaseAware",
+    "PooledThreshold",
     "Popularity",
     "StaticTop",
     "TopBudget",
@@ -37,6 +39,7 @@ def lynx_strategies() -> list[type[BaseStrategy]]:
     return [
         BatchUnion,
         ImportanceThreshold,
+        PooledThreshold,
         TopBudget,
         Coverage,
         PhaseAware,

@@ -20,12 +20,14 @@ class Allocation:
         loss: Sum of the layers' losses: what they lose together, as long as that is little.
         by_layer: Active experts of each layer.
         before: Sum of the model's.
+        places: Each layer's place on its curve.
     """
 
     strategies: tuple[Strategy, ...]
     loss: float
     by_layer: tuple[float, ...]
     before: float
+    places: tuple[int, ...] = ()
 
     @property
     def active(self) -> float:
@@ -55,20 +57,25 @@ def allocations(curves: Sequence[Curve], weights: Sequence[float] | None = None)
     """
     worth = list(weights) if weights is not None else [1.0] * len(curves)
     places = [0] * len(curves)
-    before = sum(each.before for each in curves)
-
-    def here() -> Allocation:
-        points = [each.points[place] for each, place in zip(curves, places, strict=True)]
-        strategies = tuple(point.strategy for point in points)
-        return Allocation(strategies, sum(p.loss for p in points), tuple(p.active for p in points), before)
-
     steps = [(each.price(0) / worth[layer], layer) for layer, each in enumerate(curves) if len(each.points) > 1]
     heapq.heapify(steps)
-    found = [here()]
+    found = [at(curves, places)]
     while steps:
         _, layer = heapq.heappop(steps)
         places[layer] += 1
-        found.append(here())
+        found.append(at(curves, places))
         if places[layer] + 1 < len(curves[layer].points):
             heapq.heappush(steps, (curves[layer].price(places[layer]) / worth[layer], layer))
     return found
+
+
+def at(curves: Sequence[Curve], places: Sequence[int]) -> Allocation:
+    """Return the allocation that has each layer at a place of its curve."""
+    points = [each.points[place] for each, place in zip(curves, places, strict=True)]
+    return Allocation(
+        strategies=tuple(point.strategy for point in points),
+        loss=sum(point.loss for point in points),
+        by_layer=tuple(point.active for point in points),
+        before=sum(each.before for each in curves),
+        places=tuple(places),
+    )

@@ -12,6 +12,7 @@ EXACT: Strategy = {"name": "exact"}
 
 _MASSES = (0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4)
 _RATIOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95)
+_POOLS = (0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.23, 0.26, 0.3, 0.36)
 
 
 def candidates(per_layer: int = 0) -> list[Strategy]:
@@ -22,11 +23,15 @@ def candidates(per_layer: int = 0) -> list[Strategy]:
     Args:
         per_layer: At most so many, spread evenly; 0 for all.
     """
-    name = "importance-threshold"
+    alone, together = "importance-threshold", "pooled-threshold"
     every = [
         strategy
-        for mass, ratio in zip(_MASSES, _RATIOS, strict=True)
-        for strategy in ({"name": name, "mass": mass}, {"name": name, "ratio": ratio})
+        for mass, ratio, least in zip(_MASSES, _RATIOS, _POOLS, strict=True)
+        for strategy in (
+            {"name": alone, "mass": mass},
+            {"name": alone, "ratio": ratio},
+            {"name": together, "least": least},
+        )
     ]
     if not 0 < per_layer < len(every):
         return every

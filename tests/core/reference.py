@@ -118,6 +118,19 @@ def union(wants):
 # What the batch wants: a set of experts.
 
 
+def pooled(batch, least, power):
+    """Those whose masses, as a norm over open tokens, reach `least`."""
+    kept = set()
+    for e in batch.wanted():
+        votes = (batch.mass(t, e) ** power * batch.priority[t] for t in batch.rows(OPEN) if e in batch.own(t))
+        total = sum(votes)
+        if least > 0 and abs(total - least**power) < 1e-6:
+            raise Ambiguous
+        if total >= least**power:
+            kept.add(e)
+    return kept
+
+
 def demand(batch, utility):
     total = [0.0] * batch.experts
     for t in batch.rows(OPEN):

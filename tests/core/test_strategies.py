@@ -57,6 +57,12 @@ def expected_rows(draw, name, batch, experts, top_k):
         utility = draw(st.sampled_from(["count", "own-mass", "normalised-own-mass"]))
         options = {"share": draw(st.sampled_from([0.0, 0.31, 0.57, 0.83, 1.0])), "utility": utility}
         active = reference.covering(batch, reference.demand(batch, utility), options["share"], protect)
+    elif name == "pooled-threshold":
+        options = {
+            "least": draw(st.sampled_from([0.0, 0.13, 0.29, 0.47, 1.0])),
+            "power": draw(st.sampled_from([1, 2, 4])),
+        }
+        active = reference.pooled(batch, options["least"], options["power"])
     else:
         options, active = {}, batch.wanted()
     least = reference.wants_by_mass(batch, floor)
@@ -76,6 +82,7 @@ def expected_rows(draw, name, batch, experts, top_k):
         "importance-threshold",
         "top-budget",
         "coverage",
+        "pooled-threshold",
         "popularity",
         "affinity-binning",
         "exact",
@@ -105,6 +112,7 @@ def test_every_strategy_is_held_to_the_oracle_here():
         "coverage",
         "exact",
         "importance-threshold",
+        "pooled-threshold",
         "popularity",
         "static-top",
         "top-budget",
@@ -145,6 +153,8 @@ class TestBinding:
             ("batch-union", {"refill": "some"}, "refill"),
             ("batch-union", {"floor": 1.1}, "floor"),
             ("coverage", {"share": 1.1}, "share"),
+            ("pooled-threshold", {"least": -0.1}, "least"),
+            ("pooled-threshold", {"power": 0}, "power"),
             ("importance-threshold", {}, "exactly one of `ratio` and `mass`"),
             ("importance-threshold", {"ratio": 0.5, "mass": 0.5}, "exactly one of `ratio` and `mass`"),
             ("importance-threshold", {"ratio": 1.1}, "ratio"),

@@ -32,6 +32,7 @@ INFO = LayerInfo("layer", 0, 16, 4, WeightRule())
 IN_TORCH = {
     "affinity-binning": "affinity-binning selects in torch",
     "coverage": "coverage keeps by coverage, which the kernel does not",
+    "pooled-threshold": "pooled-threshold keeps by pooled mass, which the kernel does not",
     "by-batch-size": "by-batch-size is no single strategy with a keep rule",
 }
 

@@ -77,7 +77,7 @@ def test_dear_experts_are_given_up_first():
 
 def test_candidates():
     every = candidates()
-    assert len(every) == 26
+    assert len(every) == 39
     assert (candidates(5)[0], candidates(5)[-1], len(candidates(5))) == (every[0], every[-1], 5)
     assert candidates(99) == every
     assert label({"name": "importance-threshold", "ratio": 0.4}) == "importance-threshold ratio=0.4"
