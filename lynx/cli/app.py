@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,21 @@ app = typer.Typer(
     add_completion=False,
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
+
+
+class Experts(StrEnum):
+    """What runs the experts under Lynx."""
+
+    auto = "auto"
+    model = "model"
+    lynx = "lynx"
+
+
+class Clock(StrEnum):
+    """What times steps on a CPU."""
+
+    wall = "wall"
+    thread = "thread"
 
 
 @app.callback()
@@ -177,6 +193,56 @@ def simulate(
         stress=stress,
     )
     run_simulate(trace, strategy, ranges or [], traffic, layers, as_json)
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder of a model, or `reference`.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Text to time on: .jsonl or plain text; random tokens without it.")
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", help="'NAME option=value ...', or a configuration file. May be given again."),
+    ] = None,
+    ranges: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="An option to go through, option=from:to or option=from:to:count."),
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Sequences of a decode batch, as 1,4,16.")] = "1,4,16",
+    rounds: Annotated[int, typer.Option("--rounds", min=3, help="Interleaved rounds of measurement.")] = 9,
+    experts: Annotated[
+        Experts, typer.Option("--experts", help="What runs the experts under Lynx; auto leaves it to each setting.")
+    ] = Experts.auto,
+    similar: Annotated[bool, typer.Option("--similar", help="Batches of one domain each, not mixed.")] = False,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens in the cache, where they are random.")] = 128,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda or cuda:N; a GPU where there is one.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32; auto for the file's.")] = "auto",
+    clock: Annotated[
+        Clock, typer.Option("--clock", help="Of a CPU: wall, or thread to leave out what else the machine does.")
+    ] = Clock.wall,
+    fit: Annotated[
+        Path | None, typer.Option("--fit", help="Write the fitted latency model to this file, as JSON.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time decode steps on this machine, exact against settings, and say whether selection helps here."""
+    from lynx.cli.bench import counts_of, run_bench
+    from lynx.cli.invocation import command_line
+    from lynx.measuring.bench import BenchPlan
+
+    plan = BenchPlan(
+        batches=counts_of(batch),
+        rounds=rounds,
+        experts=experts.value,
+        mix="similar" if similar else "mixed",
+        prompt=prompt,
+        clock=clock.value,
+    )
+    run_bench(model, data, strategy or [], ranges or [], plan, (device, dtype), fit, as_json, command_line(context))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from torch import Tensor
 from lynx.attachment import attach
 from lynx.demo.cache import as_argument
 from lynx.measuring.batches import ForcedBatch
+from lynx.measuring.decode import fill_cache
 from lynx.measuring.intervals import Estimate, bootstrap
 from lynx.report import PhaseReport
 
@@ -119,7 +120,7 @@ class Prompted:
         )
         self._read = 0 if stress else batch.prompt_columns
         with torch.inference_mode():
-            self._cache = self._prefill() if self._read else None
+            self._cache = fill_cache(model, self._batch, self._read) if self._read else None
             self._exact = self._log_probs()
 
     def score(self, quality: Quality) -> None:
@@ -141,22 +142,6 @@ class Prompted:
         for name, values in sums.items():
             per_row = torch.zeros(len(batch.ids), dtype=torch.float64, device=rows.device)
             getattr(quality, name).extend(per_row.index_add(0, rows, values.double()).tolist())
-
-    def _prefill(self) -> Any:
-        # imported here: transformers is loaded where there is a model of it, and only there
-        from transformers import DynamicCache
-
-        batch, prompt = self._batch, slice(self._read)
-        cache = DynamicCache(config=self._model.config)
-        self._model(
-            input_ids=batch.ids[:, prompt],
-            attention_mask=batch.mask[:, prompt],
-            position_ids=batch.positions[:, prompt],
-            **as_argument(cache, self._model),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return cache
 
     def _log_probs(self) -> Tensor:
         """``(N, V)`` log-probabilities at the scored places."""

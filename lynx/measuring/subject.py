@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lynx.errors import ConfigError
 from lynx.reference_model import load_reference_model
 from lynx.reference_model.model import EOS_ID, PAD_ID
@@ -37,18 +39,23 @@ class Subject:
     template: Callable[[Messages], str] | None = None
 
 
-def load_subject(source: str) -> Subject:
+def load_subject(source: str, text: bool = True, device: str | None = None, dtype: str = "auto") -> Subject:
     """Load a model with its tokenizer; nothing is downloaded.
 
     Args:
         source: ``reference`` for the packaged model, a folder, or a name in the local cache of transformers.
+        text: Whether text will be turned into tokens; if not, there need be no tokenizer.
+        device: Where the model goes; None to leave it where it is loaded.
+        dtype: Of the weights; ``auto`` for that of the file.
 
     Raises:
-        ConfigError: There is no such model, or no tokenizer beside it.
+        ConfigError: There is no such model, no tokenizer beside it, or no such device or dtype.
     """
+    kind, place = _dtype(dtype), _device(device)
     if source == "reference":
         model = load_reference_model().model
-        return Subject(source, model, _bytes_of, _text_of, PAD_ID, (EOS_ID,))
+        model = model if isinstance(kind, str) else model.to(kind)
+        return Subject(source, model.to(place), _bytes_of, _text_of, PAD_ID, (EOS_ID,))
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,14 +63,18 @@ def load_subject(source: str) -> Subject:
         # asked first: transformers would try the network, again and again
         if not Path(source).is_dir() and not isinstance(try_to_load_from_cache(source, "config.json"), str):
             raise OSError("no such folder, and not in the local cache")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, local_files_only=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True) if text else None
     except (OSError, ValueError, KeyError) as error:
+        what, all_of_it = ("a model with its tokenizer", "both") if text else ("a model", "one")
         raise ConfigError(
-            f"cannot load a model with its tokenizer from {source!r}: {error}. Give a folder that holds both, a name "
+            f"cannot load {what} from {source!r}: {error}. Give a folder that holds {all_of_it}, a name "
             "in the local cache of transformers, or `reference`."
         ) from error
-    return subject_of(model, tokenizer, source)
+    model = model.to(place)
+    return (
+        Subject(source, model, _no_text, _no_text, 0, ()) if tokenizer is None else subject_of(model, tokenizer, source)
+    )
 
 
 def subject_of(model: Any, tokenizer: Any, name: str = "") -> Subject:
@@ -100,3 +111,26 @@ def _bytes_of(text: str) -> list[int]:
 
 def _text_of(ids: Sequence[int]) -> str:
     return bytes(token for token in ids if token < PAD_ID).decode(errors="replace")
+
+
+def _no_text(given: Any) -> Any:
+    raise ConfigError("this model was loaded without a tokenizer, for random tokens alone.")
+
+
+def _dtype(name: str) -> Any:
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name != "auto" and name not in known:
+        raise ConfigError(f"no dtype {name!r}; there are auto, {', '.join(known)}.")
+    return known.get(name, name)
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"no device {name!r}; give cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"no device {name!r}; torch sees {torch.cuda.device_count()} CUDA devices here.")
+    return device

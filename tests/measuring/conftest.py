@@ -1,0 +1,25 @@
+"""A tiny model to time."""
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+
+@pytest.fixture
+def tiny():
+    """Two layers, 8 experts, top-2, random weights; a new one for each test."""
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    ).eval()
