@@ -259,6 +259,12 @@ def tune(
     target_active: Annotated[
         float | None, typer.Option("--target-active", help="Most active experts, as a share of the model's.")
     ] = None,
+    target_tpot: Annotated[
+        float | None, typer.Option("--target-tpot", help="Most milliseconds per output token; needs --latency.")
+    ] = None,
+    latency: Annotated[
+        Path | None, typer.Option("--latency", help="Latency model that `lynx bench --fit` wrote on this machine.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=2, help="Sequences of a decode batch.")] = 16,
     columns: Annotated[int, typer.Option("--columns", min=2, help="Decode steps of each batch.")] = 64,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often batches are formed anew.")] = 2,
@@ -278,7 +284,7 @@ def tune(
     from lynx.measuring.evaluate import Protocol
     from lynx.tuning.tune import Effort
 
-    goal = goal_of(max_kl, max_drop, target_active, None)
+    goal = goal_of(max_kl, max_drop, target_active, None if target_tpot is None else target_tpot / 1000)
     protocol = Protocol(
         batch=batch,
         columns=columns,
@@ -287,7 +293,7 @@ def tune(
         questions=questions,
         max_new_tokens=max_new_tokens,
     )
-    run_tune(model, data, goal, protocol, Effort(candidates=candidates), out, as_json)
+    run_tune(model, data, goal, protocol, Effort(candidates=candidates), latency, out, as_json)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from lynx.cli.evaluate import examples_of
 from lynx.cli.progress import progress_bar
 from lynx.errors import ConfigError
 from lynx.measuring.evaluate import Protocol
+from lynx.measuring.latency import LatencyModel
 from lynx.measuring.subject import load_subject
 from lynx.tuning.goal import Goal, Kind
 from lynx.tuning.report import write_report
@@ -34,15 +36,24 @@ def goal_of(max_kl: float | None, max_drop: str | None, active: float | None, tp
 
 
 def run_tune(
-    model: str, data: Path | None, goal: Goal, protocol: Protocol, effort: Effort, out: Path, as_json: bool
+    model: str,
+    data: Path | None,
+    goal: Goal,
+    protocol: Protocol,
+    effort: Effort,
+    latency: Path | None,
+    out: Path,
+    as_json: bool,
 ) -> None:
     """Tune, write the configuration and the report, and print what was chosen."""
     if not out.parent.is_dir():
         raise ConfigError(f"cannot write {str(out)!r}: there is no folder {str(out.parent)!r}.")
+    seconds, weights = (None, None) if latency is None else _times(LatencyModel.load(latency), protocol.batch)
     subject = load_subject(model)
     examples = examples_of(data, subject)
     with progress_bar(rounds(subject, examples, protocol, effort)) as advance:
-        tuned = tune(subject, examples, goal, protocol, effort, keep=out.with_suffix(".measured.json"), advance=advance)
+        kept = out.with_suffix(".measured.json")
+        tuned = tune(subject, examples, goal, protocol, effort, seconds, weights, keep=kept, advance=advance)
     report = write_report(tuned, out.with_suffix(".md"))
     config = tuned.config  # raises where nothing met the goal; the report says what was tried
     config.save(out)
@@ -57,6 +68,15 @@ def run_tune(
         "no setting was chosen by."
     )
     console.print(f"Written: {', '.join(str(path) for path in (out, *report))}")
+
+
+def _times(model: LatencyModel, batch: int) -> tuple[Callable[[Sequence[float]], float], list[float]]:
+    """A step's time from its layers' active experts, and what an expert of each layer takes."""
+    fitted = model.at(batch)
+    # a slope below nothing is noise: such a layer's experts cost as little as any
+    slopes = [layer.per_expert.value for layer in fitted.layers]
+    least = max(min((slope for slope in slopes if slope > 0), default=1.0), 1e-12)
+    return lambda active: model.predict(active, batch), [max(slope, least) for slope in slopes]
 
 
 def _share(text: str) -> float:

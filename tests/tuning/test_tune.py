@@ -142,6 +142,24 @@ def test_the_command(tmp_path, capsys):
     assert lynx.load_config(out).dump() == found["config"]
 
 
+def test_a_time_is_asked_for_by_a_latency_model(tmp_path, capsys):
+    line = {"constant": {"value": 1e-3, "low": 0, "high": 0}, "r_squared": 1.0, "fewest": 1, "most": 32}
+    slopes = [{"value": value, "low": 0, "high": 0} for value in (1e-4, -1e-9, 2e-4, 1e-4)]
+    layers = [line | {"layer": str(index), "per_expert": slope} for index, slope in enumerate(slopes)]
+    model = tmp_path / "latency.json"
+    batches = [{"batch": 4, "rest": 0.001, "layers": layers}]
+    model.write_text(json.dumps({"model": "reference", "experts": "lynx", "batches": batches}))
+    small = ["--batch", "4", "--columns", "6", "--seeds", "1", "--batches", "1", "--candidates", "2"]
+    out = tmp_path / "mine.yaml"
+    run("reference", "--target-tpot", "8.0", "--latency", str(model), *small, "--out", str(out), "--json")
+    evidence = json.loads(capsys.readouterr().out)["config"]["evidence"]
+    assert evidence["goal"] == "at most 0.008 s per output token"
+    assert 0.005 < evidence["predicted_seconds_per_token"] <= 0.008
+    small[1] = "8"
+    run("reference", "--target-tpot", "8.0", "--latency", str(model), *small, "--out", str(out), code=2)
+    assert "batches of 8 were not timed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
