@@ -15,6 +15,7 @@ import torch
 import lynx
 from lynx import attachment, hookimpl, hookspecs, plugins
 from lynx.plugins import BUILT_IN, Registry
+from lynx.strategies import lynx_strategies
 
 
 class Distribution:
@@ -58,7 +59,7 @@ def strategy(called, **fields):
 
 def test_built_ins_come_by_the_same_hooks():
     registry = Registry([])
-    assert len(registry.strategies) == 10
+    assert len(registry.strategies) == len(lynx_strategies())
     assert {found.package for found in registry.strategies.values()} == {BUILT_IN}
     assert registry.adapters
     assert {package for _, package in registry.adapters} == {BUILT_IN}
@@ -140,7 +141,7 @@ class TestBroken:
         assert (broken.package, broken.entry_point) == ("lynx-bad", "bad")
         assert reason in broken.reason
         assert "good" in registry.strategies
-        assert len(registry.strategies) == 11
+        assert len(registry.strategies) == len(lynx_strategies()) + 1
         (record,) = caplog.records
         assert record.getMessage().startswith("lynx.plugin_failed package=lynx-bad entry_point=bad reason=")
 
@@ -184,7 +185,7 @@ class TestBroken:
         registry = Registry([plug("lynx-nameless", lynx_strategies=[Nameless])])
         assert "Nameless needs a default name" in registry.broken[0].reason
 
-    @pytest.mark.parametrize("option", ["strategy", "min_tokens", "max_decode_q", "layers", "experts"])
+    @pytest.mark.parametrize("option", ["strategy", "min_tokens", "max_decode_q", "layers", "experts", "evidence"])
     def test_options_that_attach_takes_itself_are_reserved(self, plug, option):
         greedy = strategy("greedy", **{option: (int, 1)})
         registry = Registry([plug("lynx-greedy", lynx_strategies=[greedy])])

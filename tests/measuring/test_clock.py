@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from lynx.errors import ConfigError
+from lynx.errors import AttachError, ConfigError
 from lynx.measuring import clock as clock_module
 from lynx.measuring.batches import align
 from lynx.measuring.clock import Mark, StepClock
