@@ -102,3 +102,19 @@ def test_decode(toys: Path, read: Any) -> None:
     for row in lynx:  # two rounds of two steps were timed and counted, after one that warmed up
         assert row["rounds"] == 2
         assert row["counts"]["steps"] == 4
+
+
+def test_tuned(run: Any, read: Any, tmp_path: Path) -> None:
+    out = tmp_path / "tuned.json"
+    done = run("tuned.py", "--seeds", "1", "--batches", "1", "--candidates", "1", "--columns", "8", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "At equal active experts" in done.stdout
+    result = read(out)
+    assert result["complete"]
+    (row,) = result["rows"]
+    assert row["promise"]["chosen"] is None or row["promise"]["verified"]["high"] <= result["max_kl"]
+    assert len(row["uniform"]) == 8
+    for each in row["equal"]:
+        assert 0 < each["share"] <= 1
+        assert each["best_uniform"] in row["uniform"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned.json"]
