@@ -37,7 +37,7 @@ from lynx.measuring.subject import load_subject
 from lynx.tuning.goal import Goal
 from lynx.tuning.tune import Effort, Tuned, tune
 
-UNIFORM: dict[str, list[dict[str, float]]] = {
+UNIFORM: dict[str, list[dict[str, Any]]] = {
     "importance-threshold": [{"mass": mass} for mass in (0.45, 0.55, 0.65, 0.75, 0.82, 0.88, 0.94)],
     "importance-threshold ": [{"ratio": ratio} for ratio in (0.7, 0.5, 0.4, 0.3, 0.2, 0.1)],
     "pooled-threshold": [{"least": least} for least in (0.3, 0.25, 0.2, 0.16, 0.12, 0.09, 0.06)],
@@ -46,6 +46,10 @@ UNIFORM: dict[str, list[dict[str, float]]] = {
     "top-budget": [{"budget": budget} for budget in (11, 13, 15, 18, 20)],
     "affinity-binning": [{"budget": budget} for budget in (11, 13, 15, 18, 20)],
     "popularity": [{"drop": drop} for drop in (14, 11, 8, 5)],
+}
+CONTROLS: dict[str, list[dict[str, Any]]] = {
+    "static-top": [{"top": top} for top in (1, 2, 3)],
+    "importance-threshold": [{"mass": mass, "refill": "none"} for mass in (0.45, 0.65, 0.82, 0.94)],
 }
 SHARES = (0.5, 0.6, 0.75)
 
@@ -75,8 +79,10 @@ def main(
         judge = Protocol(batch=16, columns=columns, most_batches=batches, seeds=(0, 1))
         text = judge.batches(judging, subject.pad_id)
         row: dict[str, Any] = {"seed": seed, "promise": _promise(subject.model, limited, text)}
-        uniform = _uniform(subject.model, text) if seed == 0 else {}
-        row["uniform"] = {label: [(q.share, q.kl_value) for q in found] for label, found in uniform.items()}
+        uniform = _measured(subject.model, text, UNIFORM) if seed == 0 else {}
+        row["uniform"] = {label: [_plain(q) for q in found] for label, found in uniform.items()}
+        controls = _measured(subject.model, text, CONTROLS) if seed == 0 else {}
+        row["controls"] = {label: [_plain(q) for q in found] for label, found in controls.items()}
         row["equal"] = [_equal(subject.model, limited, share, text, uniform) for share in SHARES] if uniform else []
         rows.append(row)
         Console(stderr=True).print(f"seed {seed}: {time.time() - began:.0f} s")
@@ -99,8 +105,18 @@ def _promise(model: Any, tuned: Tuned, text: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _uniform(model: Any, text: Sequence[Any]) -> dict[str, list[Quality]]:
-    families = [[resolve_config(name.strip(), dict(each)) for each in grid] for name, grid in UNIFORM.items()]
+def _plain(quality: Quality) -> dict[str, Any]:
+    return {
+        "label": describe(quality.setting),
+        "share": quality.share,
+        "kl": asdict(quality.mean("kl")),
+        "agreement": quality.mean("agree").value,
+        "kept_mass_worst": quality.kept_mass_worst,
+    }
+
+
+def _measured(model: Any, text: Sequence[Any], grids: dict[str, list[dict[str, Any]]]) -> dict[str, list[Quality]]:
+    families = [[resolve_config(name.strip(), dict(each)) for each in grid] for name, grid in grids.items()]
     measured = measure(model, text, [config for grid in families for config in grid])
     found: dict[str, list[Quality]] = {}
     for grid in families:
