@@ -27,6 +27,11 @@ def _log(handle: Handle) -> None:
         )
 
 
+def no_priorities(host: str, instead: str) -> NoReturn:
+    """Raise: the batches of an engine are its own, so a priority comes with a request or not at all."""
+    raise AttachError(f"an engine of {host} makes up its own batches; {instead}")
+
+
 def no_teacher_forcing(host: str) -> NoReturn:
     """Raise: an engine has no whole-sequence forward of the kind that teacher forcing needs."""
     raise AttachError(f"teacher forcing needs a model of transformers; an engine of {host} generates.")

@@ -41,6 +41,7 @@ class RouteRule:
         by_ratio: Keep by ratio to the token's best.
         by_mass: Keep by cumulative mass.
         by_demand: Keep by the batch's demand, up to a budget.
+        by_coverage: Keep by the batch's demand, up to a share of it; not together with `by_demand`.
         utility: What a token's wish is worth in the demand, one of `UTILITIES`.
     """
 
@@ -53,6 +54,7 @@ class RouteRule:
     by_ratio: bool = False
     by_mass: bool = False
     by_demand: bool = False
+    by_coverage: bool = False
     utility: str = "normalised-own-mass"
 
     def encode(self) -> list[int]:
@@ -84,6 +86,7 @@ class RouteSettings:
         on_prefill: 1 where rows in prefill may be re-routed, else 0.
         on_decode: 1 where rows in decode may be re-routed, else 0.
         scale: The weight rule's constant factor.
+        cover: The share of the demand that the rule by coverage answers; 2 for all of it.
     """
 
     rank: float = 0.0
@@ -97,6 +100,7 @@ class RouteSettings:
     on_prefill: float = 0.0
     on_decode: float = 1.0
     scale: float = 1.0
+    cover: float = 2.0
 
     def tensor(self, device: torch.device | str) -> Tensor:
         """Return the settings as the kernel reads them."""

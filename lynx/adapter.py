@@ -70,6 +70,10 @@ class Installation(Protocol):
         """Treat each column of a whole-sequence forward as one decode step; see :meth:`lynx.Handle.teacher_forced`."""
         ...
 
+    def priorities(self, values: tuple[float | None, ...], copies: int) -> AbstractContextManager[None]:
+        """Weigh the sequences of every forward, None for exact; see :meth:`lynx.Handle.priorities`."""
+        ...
+
 
 class Adapter(Protocol):
     """One host framework."""

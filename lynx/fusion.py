@@ -78,7 +78,7 @@ class FusedRoute:
             top_k=self.top_k,
             ids=routing.ids,
             weights=routing.weights,
-            priority=routing.priority,
+            priority=routing.priority if self.rule.by_demand or self.rule.by_coverage else None,  # others do not ask
         )
         return Rerouted(done.ids, done.weights, done.lost, done.own_ids, done.own_weights, done.plan)
 
@@ -128,12 +128,13 @@ def _translate(strategy: SelectionStrategy, info: LayerInfo) -> tuple[RouteRule,
     keep = strategy.rule()
     assert keep is not None
     parts = _floored(_parts(keep), strategy.floor)
-    for kind, what in ((ByCoverage, "coverage"), (ByPool, "pooled mass")):
-        if any(isinstance(part, kind) for part in parts):
-            raise NotFusable(f"{strategy.name} keeps by {what}, which the kernel does not")
+    if any(isinstance(part, ByPool) for part in parts):
+        raise NotFusable(f"{strategy.name} keeps by pooled mass, which the kernel does not")
+    if {ByDemand, ByCoverage} <= {type(part) for part in parts}:
+        raise NotFusable(f"{strategy.name} joins a budget with a share of the demand")
     if len({type(part) for part in parts}) < len(parts):
         raise NotFusable(f"{strategy.name} joins two rules of a kind")
-    shares = {getattr(part, "share", True) for part in parts}
+    shares = {_is_shared(part) for part in parts}
     if len(shares) > 1:
         raise NotFusable(f"{strategy.name} joins rules that share with rules that do not")
     rule = RouteRule(
@@ -156,6 +157,9 @@ def _translate(strategy: SelectionStrategy, info: LayerInfo) -> tuple[RouteRule,
                 rule = replace(rule, by_demand=True, utility=part.utility)
                 budget = -1.0 if part.budget is None else float(part.budget)
                 settings = replace(settings, budget=budget, drop=float(part.drop), demand_protect=float(part.protect))
+            case ByCoverage():
+                rule = replace(rule, by_coverage=True, utility=part.utility)
+                settings = replace(settings, cover=part.reach, demand_protect=float(part.protect))
     return rule, settings
 
 
@@ -165,8 +169,13 @@ def _floored(parts: list[KeepRule], floor: float) -> list[KeepRule]:
         return parts
     masses = [part for part in parts if isinstance(part, ByMass)]
     if not masses:
-        return [*parts, ByMass(floor, share=all(getattr(part, "share", True) for part in parts))]
+        return [*parts, ByMass(floor, share=all(map(_is_shared, parts)))]
     return [replace(part, mass=max(part.mass, floor)) if part is masses[0] else part for part in parts]
+
+
+def _is_shared(part: KeepRule) -> bool:
+    """Whether the batch shares what a rule keeps; rules for the batch as a whole have nothing else."""
+    return part.share if isinstance(part, ByRank | ByRatio | ByMass) else True
 
 
 def _parts(rule: KeepRule) -> list[KeepRule]:

@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lynx.config import Config
-from lynx.errors import AttachError, LynxWarning
+from lynx.errors import AttachError, ConfigError, LynxWarning
 from lynx.log import logger
+from lynx.priority import priorities_of
 from lynx.report import Report, make_report
 from lynx.selection import LayerSelection
 
@@ -123,6 +124,34 @@ class Handle:
         if prompt_columns < 0:
             raise AttachError(f"prompt_columns is a number of columns, 0 or more; got {prompt_columns}.")
         return self._live("teacher_forced").teacher_forced(prompt_columns)
+
+    def priorities(self, values: Any, copies: int = 1) -> AbstractContextManager[None]:
+        """Say what each sequence of the batch is worth beside its neighbours.
+
+        Inside the ``with`` block, rows vote for experts with the weight of their sequence, where a strategy counts
+        votes (``top-budget``, ``coverage``, ``popularity``, ``affinity-binning``). Sequences that are ``"exact"`` keep
+        the model's own routing, under every strategy.
+
+        Args:
+            values: One for each sequence of a forward, in its order, as a list or a tensor ``(B,)``: a number above 0,
+                1 for a normal one, or ``"exact"``.
+            copies: How often ``generate`` repeats each sequence: ``num_beams * num_return_sequences`` as far as they
+                are given to it.
+
+        Raises:
+            ConfigError: One of them is no priority; or, in a forward, the batch has another number of sequences.
+
+        Example:
+            >>> import lynx
+            >>> reference = lynx.load_reference_model()
+            >>> batch = reference.encode(["one = ", "two = ", "three = "])
+            >>> with lynx.attach(reference.model, "coverage") as handle, handle.priorities([4, 1, "exact"]):
+            ...     tokens = reference.model.generate(**batch, max_new_tokens=4, do_sample=False)
+        """
+        given = priorities_of(values)
+        if copies < 1:
+            raise ConfigError(f"copies is how often each sequence is repeated, 1 or more; got {copies}.")
+        return self._live("priorities").priorities(given, copies)
 
     def __enter__(self) -> Handle:
         return self

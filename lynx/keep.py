@@ -109,9 +109,14 @@ class ByCoverage:
         total = units.sum(-1, keepdim=True).clamp_min(1)
         taken = units.masked_fill(~candidate, 0).gather(-1, order)
         before = woken + taken.cumsum(-1) - taken
-        needed = before.float() < _reach(self.share) * total.float()
+        needed = before.float() < self.reach * total.float()
         protected = routing.protected(self.protect).any(-2)
         return candidate & (torch.empty_like(needed).scatter(-1, order, needed) | protected)
+
+    @property
+    def reach(self) -> float:
+        """The share to compare with: beyond all there is where all is to be kept, experts of no demand included."""
+        return _reach(self.share)
 
 
 @dataclass(frozen=True, slots=True)

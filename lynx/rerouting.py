@@ -6,6 +6,7 @@ static shape: no host synchronisation, nothing that a CUDA graph or ``torch.comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +93,21 @@ def reroute(routing: Routing, keep: Keep) -> Rerouted:
         lost=lost,
         own_ids=routing.ids,
         own_weights=routing.weights,
+    )
+
+
+def stacked(steps: Sequence[Rerouted], shape: torch.Size) -> Rerouted:
+    """Put steps together that were taken one after the other, with leading dimensions of ``shape``."""
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).reshape(*shape, *parts[0].shape)
+
+    return Rerouted(
+        joined([step.ids for step in steps]),
+        joined([step.weights for step in steps]),
+        joined([step.lost for step in steps]),
+        joined([step.own_ids for step in steps]),
+        joined([step.own_weights for step in steps]),
     )
 
 

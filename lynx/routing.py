@@ -172,6 +172,19 @@ class Routing:
             self.choice, self.logits, self.ids, self.weights, role, self.phase, self.rule, self.priority, self._once
         )
 
+    def steps(self) -> list[Routing]:
+        """Return the independent batches of leading dimensions one by one, in order."""
+        count = self.role[..., 0].numel()
+
+        def split(tensor: Tensor, own: int) -> tuple[Tensor, ...]:
+            return tensor.reshape(count, *tensor.shape[-own:]).unbind(0)
+
+        priority = [None] * count if self.priority is None else split(self.priority, 1)
+        tensors = [split(tensor, 2) for tensor in (self.choice, self.logits, self.ids, self.weights)]
+        rows = [split(tensor, 1) for tensor in (self.role, self.phase)]
+        steps = zip(*tensors, *rows, priority, strict=True)
+        return [Routing(c, x, i, w, role, phase, self.rule, p) for c, x, i, w, role, phase, p in steps]
+
     def copied(self) -> Routing:
         """Return an equal decision in memory of its own."""
         return Routing(

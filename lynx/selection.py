@@ -12,9 +12,9 @@ from lynx.errors import ConfigError, LynxWarning
 from lynx.fusion import FusedRoute, fuse
 from lynx.kernels.backends import requested
 from lynx.log import logger
-from lynx.rerouting import Rerouted, leave_exact, reroute, unsound_rows
+from lynx.rerouting import Rerouted, leave_exact, reroute, stacked, unsound_rows
 from lynx.routing import Phase, Role, Routing
-from lynx.strategy import BaseStrategy, BoundStrategy, Keep, LayerInfo, SelectionStrategy, Wrapper
+from lynx.strategy import BaseStrategy, BoundStrategy, Keep, LayerInfo, SelectionStrategy, Wrapper, place
 
 
 class LayerSelection:
@@ -33,6 +33,7 @@ class LayerSelection:
         _check_protect(strategy, info)
         self.bound: BoundStrategy = strategy.bind(info)
         self.inert: bool = getattr(getattr(self.bound, "sole", self.bound), "inert", False)
+        self.in_order = strategy.remembers()
         self.exact_phases = tuple(phase for phase in Phase if not strategy.acts_on(phase))
         fused = fuse(strategy.name, self.bound, info, self.exact_phases, min_tokens)
         self.fused: FusedRoute | None = fused if isinstance(fused, FusedRoute) else None
@@ -46,6 +47,7 @@ class LayerSelection:
             ConfigError: ``LYNX_KERNELS`` asks for Triton, which cannot run here.
         """
         self._follow(device)
+        place(self.bound, device)
         if self.fused is not None and self.why_not_fused and requested() == "triton":
             raise ConfigError(f"LYNX_KERNELS=triton, but {self.why_not_fused}.")
 
@@ -53,8 +55,10 @@ class LayerSelection:
         """Select for one batch and re-route its OPEN rows.
 
         A strategy that raises leaves the batch as the model routed it; so, row by row, do scores that are not finite.
-        Both are counted.
+        Both are counted. Of many steps in one call, a strategy that remembers takes one after the other.
         """
+        if self.in_order and routing.choice.ndim > 2:
+            return stacked([self(step) for step in routing.steps()], routing.choice.shape[:-2])
         fused = self.fused
         if fused is not None and fused.device != routing.choice.device and not torch.compiler.is_compiling():
             self._follow(routing.choice.device)  # the model was moved, or its weights were away

@@ -87,6 +87,21 @@ class BoundStrategy(Protocol):
         ...
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """A bound strategy with tensors of its own, which are put on the layer's device at attach."""
+
+    def place(self, device: torch.device) -> None:
+        """Make or move them."""
+        ...
+
+
+def place(bound: BoundStrategy, device: torch.device) -> None:
+    """Put what a bound strategy keeps on a device, if it keeps anything."""
+    if isinstance(bound, Placed):
+        bound.place(device)
+
+
 class BaseStrategy(Options):
     """What strategies and wrappers have in common. Authors subclass :class:`SelectionStrategy`."""
 
@@ -114,6 +129,10 @@ class BaseStrategy(Options):
     def acts_on(self, phase: Phase) -> bool:
         """Whether rows in ``phase`` may be re-routed; all others are EXACT. A bare strategy acts on decode only."""
         return phase == Phase.DECODE
+
+    def remembers(self) -> bool:
+        """Whether a decision depends on the steps before it. Steps that come in one call are then taken in order."""
+        return False
 
     def bind(self, layer: LayerInfo) -> BoundStrategy:
         """Prepare for one layer, once, at attach; raise :class:`lynx.ConfigError` if the options do not fit it."""
@@ -212,6 +231,10 @@ class Wrapper(BaseStrategy):
     def children(self) -> Sequence[BaseStrategy]:
         """Return the wrapped strategies."""
         raise NotImplementedError
+
+    def remembers(self) -> bool:
+        """Whether one of the wrapped strategies does."""
+        return any(child.remembers() for child in self.children())
 
     def refuse_phased_children(self) -> None:
         """Raise where a wrapped strategy chooses phases itself: only the outermost can say which rows are open."""

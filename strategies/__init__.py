@@ -14,6 +14,7 @@ from lynx.strategies.phase_aware import PhaseAware
 from lynx.strategies.pooled_threshold import PooledThreshold
 from lynx.strategies.popularity import Popularity
 from lynx.strategies.static_top import StaticTop
+from lynx.strategies.target_active import TargetActive
 from lynx.strategies.top_budget import TopBudget
 from lynx.strategy import BaseStrategy
 
@@ -29,6 +30,7 @@ __all__ = [
     "PooledThreshold",
     "Popularity",
     "StaticTop",
+    "TargetActive",
     "TopBudget",
 ]
 
@@ -42,6 +44,7 @@ def lynx_strategies() -> list[type[BaseStrategy]]:
         PooledThreshold,
         TopBudget,
         Coverage,
+        TargetActive,
         PhaseAware,
         Popularity,
         AffinityBinning,

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, model_validator
 
 from lynx.config import AnyStrategy
-from lynx.routing import Routing
-from lynx.strategy import BaseStrategy, BoundStrategy, Keep, LayerInfo, Wrapper
+from lynx.routing import Role, Routing
+from lynx.strategy import BaseStrategy, BoundStrategy, Keep, LayerInfo, Wrapper, place
 
 
 class ByBatchSize(Wrapper):
@@ -46,21 +46,34 @@ class ByBatchSize(Wrapper):
 
     def bind(self, layer: LayerInfo) -> BoundStrategy:
         """Bind every strategy."""
-        return _Bound([(size, self.sizes[size].bind(layer)) for size in sorted(self.sizes)])
+        sizes = [(size, self.sizes[size].bind(layer)) for size in sorted(self.sizes)]
+        return _Bound(sizes, self.remembers())
 
 
 class _Bound:
-    def __init__(self, sizes: list[tuple[int, BoundStrategy]]) -> None:
-        self._sizes = sizes
+    def __init__(self, sizes: list[tuple[int, BoundStrategy]], remembers: bool) -> None:
+        self._sizes, self._remembers = sizes, remembers
+
+    def place(self, device: torch.device) -> None:
+        for _, strategy in self._sizes:
+            place(strategy, device)
 
     def keep(self, routing: Routing) -> Keep:
         rows = routing.open_count.unsqueeze(-1).unsqueeze(-1)
         chosen = Keep(torch.ones_like(routing.choice[..., :1, :], dtype=torch.bool), True)
-        for size, strategy in self._sizes:
-            candidate = strategy.keep(routing)
+        for number, (size, strategy) in enumerate(self._sizes):
+            candidate = strategy.keep(self._seen_by(number, routing) if self._remembers else routing)
             here = rows >= size
             refill = candidate.refill
             if chosen.refill is not candidate.refill:
                 refill = (here & candidate.refill) | (~here & chosen.refill)
             chosen = Keep(torch.where(here, candidate.active, chosen.active), refill)
         return chosen
+
+    def _seen_by(self, number: int, routing: Routing) -> Routing:
+        """A batch of another strategy's size has no open row to one that would learn from it."""
+        count = routing.open_count.unsqueeze(-1)
+        other = count < self._sizes[number][0]
+        for size, _ in self._sizes[number + 1 : number + 2]:
+            other = other | (count >= size)
+        return routing.with_role(routing.role.masked_fill(other & routing.open_rows, int(Role.PADDING)))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from lynx.config import AnyStrategy
 from lynx.routing import Phase, Role, Routing
-from lynx.strategy import BaseStrategy, BoundStrategy, Keep, LayerInfo, Wrapper
+from lynx.strategy import BaseStrategy, BoundStrategy, Keep, LayerInfo, Wrapper, place
 
 
 class PhaseAware(Wrapper):
@@ -62,6 +63,10 @@ class _Bound:
     def sole(self) -> BoundStrategy | None:
         """The one strategy that decides, if the other phase is left exact."""
         return next(iter(self._by_phase.values())) if len(self._by_phase) == 1 else None
+
+    def place(self, device: torch.device) -> None:
+        for strategy in self._by_phase.values():
+            place(strategy, device)
 
     def keep(self, routing: Routing) -> Keep:
         decisions = []

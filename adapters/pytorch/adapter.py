@@ -150,6 +150,10 @@ class PytorchInstallation:
         """Refuse: columns of a whole-sequence forward are known for models of transformers only."""
         raise AttachError("teacher forcing needs a model of transformers; give hand-written ones their steps.")
 
+    def priorities(self, values: tuple[float | None, ...], copies: int) -> AbstractContextManager[None]:
+        """Refuse: whose rows a hand-written model calls with is said by its own steps."""
+        raise AttachError("a hand-written model takes no priorities; leave rows exact by lynx.step(exact=...).")
+
 
 def _read(path: str, block: nn.Module, spec: MoESpec, index: int, count: int) -> BlockLayer:
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lynx.adapter import Discovery, FoundLayer, Installation
-from lynx.adapters.serving import no_teacher_forcing
+from lynx.adapters.serving import no_priorities, no_teacher_forcing
 from lynx.adapters.sglang.hook import NUMBER, Hook, Shared, hooks
 from lynx.adapters.sglang.routers import RouterRules, find_rules
 from lynx.config import Config
@@ -123,6 +123,10 @@ class SglangInstallation:
     def teacher_forced(self, prompt_columns: int) -> AbstractContextManager[None]:
         """Raise: an engine has no whole-sequence forward of this kind."""
         no_teacher_forcing("SGLang")
+
+    def priorities(self, values: tuple[float | None, ...], copies: int) -> AbstractContextManager[None]:
+        """Raise: batches are the engine's."""
+        no_priorities("SGLang", "requests of it have no priorities for Lynx yet.")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

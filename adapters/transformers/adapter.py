@@ -35,6 +35,7 @@ from lynx.adapters.transformers.hooks import (
     StepContext,
     parameter_names,
 )
+from lynx.adapters.transformers.priorities import Priorities
 from lynx.adapters.transformers.silence import StepEnds
 from lynx.adapters.transformers.step import stop_ids
 from lynx.adapters.transformers.without_cache import WithoutCache
@@ -189,6 +190,15 @@ class TransformersInstallation:
             yield
         finally:
             self._context.prompt_columns = before
+
+    @contextmanager
+    def priorities(self, values: tuple[float | None, ...], copies: int) -> Iterator[None]:
+        """See :meth:`lynx.Handle.priorities`."""
+        before, self._context.priorities = self._context.priorities, Priorities(values, copies)
+        try:
+            yield
+        finally:
+            self._context.priorities = before
 
     def _before(self, module: nn.Module, hook: Any) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))

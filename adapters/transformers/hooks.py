@@ -15,6 +15,7 @@ from lynx.adapters.rules import choice_scores
 from lynx.adapters.transformers.experts import Seat
 from lynx.adapters.transformers.fingerprint import Fingerprint
 from lynx.adapters.transformers.offload import fetch
+from lynx.adapters.transformers.priorities import Priorities
 from lynx.adapters.transformers.probe import ARGUMENT
 from lynx.adapters.transformers.step import Step, read_step, stop_ids
 from lynx.adapters.transformers.without_cache import WithoutCache
@@ -33,6 +34,7 @@ class StepContext:
         step: The step under way, None outside of a forward.
         paused: Let the model's own routing through.
         prompt_columns: Columns of prompt under teacher forcing, None outside of it.
+        priorities: What the sequences are worth, None where all are alike.
     """
 
     max_decode_q: int
@@ -41,6 +43,7 @@ class StepContext:
     step: Step | None = None
     paused: bool = False
     prompt_columns: int | None = None
+    priorities: Priorities | None = None
 
 
 @dataclass(slots=True)
@@ -92,9 +95,8 @@ class StepBegins:
         context.step = None
         if not module.training and not context.paused:
             arguments = dict(zip(self.names, args, strict=False)) | kwargs
-            context.step = read_step(
-                arguments, context.max_decode_q, context.stop_ids, context.prompt_columns, context.tokens
-            )
+            step = read_step(arguments, context.max_decode_q, context.stop_ids, context.prompt_columns, context.tokens)
+            context.step = step if step is None or context.priorities is None else context.priorities.on(step)
             if self.without_cache is not None and context.prompt_columns is None:
                 ids = arguments.get("input_ids")
                 self.without_cache.look(arguments, context.tokens if ids is None else ids)
@@ -179,6 +181,7 @@ class RouterHook:
             role=step.role.to(ids.device),
             phase=step.phase.to(ids.device),
             rule=self.fingerprint.weights,
+            priority=None if step.priority is None else step.priority.to(ids.device),
         )
         if step.all_prefill and not self.acts_on_prefill:
             self.selection.observe(routing)
@@ -245,6 +248,7 @@ def _by_column(routing: Routing, columns: int) -> Routing:
         turn(routing.role),
         turn(routing.phase),
         routing.rule,
+        None if routing.priority is None else turn(routing.priority),
     )
 
 

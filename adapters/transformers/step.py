@@ -25,12 +25,16 @@ class Step:
         phase: ``(B * q,)`` int8.
         columns: ``q`` if every column is a decode batch of its own (teacher forcing), else 0.
         all_prefill: True where the host knows that no row is in decode.
+        sequences: ``B``; 0 where sequences are laid end to end.
+        priority: ``(B * q,)`` float32 vote weights, or None for all 1.
     """
 
     role: Tensor
     phase: Tensor
     columns: int
     all_prefill: bool
+    sequences: int = 0
+    priority: Tensor | None = None
 
 
 def read_step(
@@ -68,10 +72,10 @@ def read_step(
 
     if prompt_columns is not None:
         decode = (torch.arange(q, device=device) >= prompt_columns).expand(batch, q)
-        return Step(_role(valid), _phase(decode), q, False)
+        return Step(_role(valid), _phase(decode), q, False, batch)
 
     if q > max_decode_q or (not isinstance(past, Tensor) and past == 0):
-        return Step(_role(valid), _phase(torch.zeros_like(valid)), 0, True)
+        return Step(_role(valid), _phase(torch.zeros_like(valid)), 0, True, batch)
     # the cache may keep its length on the device: it is not waited for
     decode = (past > 0).to(device).expand(batch, q) if isinstance(past, Tensor) else torch.ones_like(valid)
     ids = ids if isinstance(ids, Tensor) else tokens
@@ -81,7 +85,7 @@ def read_step(
         for stop in stop_ids:
             stopped = stopped | (ids == stop)
         valid = valid & ~(stopped & decode)
-    return Step(_role(valid), _phase(decode), 0, False)
+    return Step(_role(valid), _phase(decode), 0, False, batch)
 
 
 def stop_ids(model: Any) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lynx.adapter import Discovery, FoundLayer, Installation
-from lynx.adapters.serving import no_teacher_forcing
+from lynx.adapters.serving import no_priorities, no_teacher_forcing
 from lynx.adapters.vllm.hook import Hook, hooks, retired
 from lynx.adapters.vllm.routers import RouterRules, find_rules, has_room, set_hook
 from lynx.adapters.vllm.rows import StepRows
@@ -124,6 +124,10 @@ class VllmInstallation:
     def teacher_forced(self, prompt_columns: int) -> AbstractContextManager[None]:
         """Raise: an engine has no whole-sequence forward of this kind."""
         no_teacher_forcing("vLLM")
+
+    def priorities(self, values: tuple[float | None, ...], copies: int) -> AbstractContextManager[None]:
+        """Raise: batches are the engine's."""
+        no_priorities("vLLM", "give a request its priority, by extra_args={'lynx': {'priority': 2.0}}.")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

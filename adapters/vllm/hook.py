@@ -61,6 +61,7 @@ class Hook:
             role=torch.where((ids < 0).all(-1), 0, role),  # rows that vLLM has marked as padding itself
             phase=phase,
             rule=self.rule,
+            priority=self.rows.votes[: logits.shape[0]],
         )
         if nothing_open:
             self.selection.observe(routing)

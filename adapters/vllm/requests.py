@@ -1,39 +1,50 @@
-"""Requests that ask for exact routing, by `extra_args={"lynx": "exact"}`."""
+"""What requests ask for in `extra_args` under `lynx`: exact routing by `"exact"`, a priority by `{"priority": 2.0}`."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+from lynx.errors import ConfigError
 from lynx.log import logger
+from lynx.priority import EXACT, priority_of
 
-KEY, EXACT = "lynx", "exact"
+KEY, PRIORITY = "lynx", "priority"
 
 
-class ExactRequests:
-    """Which of a runner's requests ask for exact routing."""
+class Wishes:
+    """Which of a runner's requests ask for something."""
 
     def __init__(self) -> None:
-        self._names: set[str] = set()
+        self._by_name: dict[str, float | None] = {}
 
     def see(self, new: Iterable[Any], alive: Container[str]) -> None:
         """Take in the requests that a step brings, and forget those that are gone."""
         for request in new:
-            (self._names.add if wants_exact(request) else self._names.discard)(request.req_id)
-        self._names = {name for name in self._names if name in alive}
+            self._by_name[request.req_id] = wish(request)
+        self._by_name = {name: value for name, value in self._by_name.items() if value != 1.0 and name in alive}
 
-    def among(self, names: Iterable[str]) -> list[bool]:
-        """Say of each of these requests whether it asked."""
-        return [name in self._names for name in names]
+    def among(self, names: Iterable[str]) -> list[float | None]:
+        """The priority of each of these requests; None for exact routing."""
+        return [self._by_name.get(name, 1.0) for name in names]
 
 
-def wants_exact(request: Any) -> bool:
-    """Whether a request's sampling parameters say so; any other word is exact too."""
+def wish(request: Any) -> float | None:
+    """The priority that a request's sampling parameters ask for; None for exact, as is what is not understood."""
     word = (getattr(request.sampling_params, "extra_args", None) or {}).get(KEY)
-    if word not in (None, EXACT) and str(word) not in _said:
+    if word is None:
+        return 1.0
+    try:
+        if not isinstance(word, Mapping):
+            return priority_of(word)
+        if set(word) == {PRIORITY}:
+            return priority_of(word[PRIORITY])
+    except ConfigError:
+        pass
+    if str(word) not in _said:
         _said.add(str(word))
-        logger.warning("lynx.request_not_understood", lynx=word, known=EXACT)
-    return word is not None
+        logger.warning("lynx.request_not_understood", lynx=word, known=f"{EXACT}, or {PRIORITY} and a number above 0")
+    return None
 
 
 _said: set[str] = set()

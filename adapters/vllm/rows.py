@@ -21,12 +21,14 @@ class Requests:
         computed: Tokens of each that are in the cache, ``(R,)``; what was drafted may be counted too.
         prompt: Tokens that each came with, ``(R,)``.
         exact: Whether each asked for exact routing, ``(R,)`` bool.
+        priority: What the votes of each are worth, ``(R,)`` float32; None where all are alike.
     """
 
     scheduled: Any
     computed: Any
     prompt: Any
     exact: Any
+    priority: Any = None
 
 
 class StepRows:
@@ -43,12 +45,15 @@ class StepRows:
     Attributes:
         kinds: ``(2, width)`` int8, roles and phases. Captured graphs read it, so that it is written and never replaced.
             Rows of no request are padding, and so is all that vLLM runs before its first step.
+        votes: ``(width,)`` float32, what the votes of a row are worth; written like `kinds`.
         deciding: Whether a row is open in decode, as the host knows; True until a step was written.
         total: Rows of requests, 0 until a step was written.
     """
 
     def __init__(self, width: int, device: torch.device, max_decode_q: int = 1) -> None:
         self.kinds = torch.zeros((2, width), dtype=torch.int8, device=device)
+        self.votes = torch.ones(width, dtype=torch.float32, device=device)
+        self._weighed = False
         self.deciding, self.total = True, 0
         self._max_decode_q, self._silent = max_decode_q, False
 
@@ -77,10 +82,20 @@ class StepRows:
         kinds[0, :rows] = np.repeat(roles, requests.scheduled)[:rows]
         kinds[1, :rows] = np.repeat(phases, requests.scheduled)[:rows]
         self.deciding = bool((decode & ~exact).any())
-        given = torch.from_numpy(kinds)
-        # memory that is not pinned would make the copy wait for the device
-        self.kinds.copy_(given.pin_memory() if self.kinds.is_cuda else given, non_blocking=True)
+        _put(kinds, self.kinds)
+        if requests.priority is not None or self._weighed:
+            votes = np.ones(len(self.votes), dtype=np.float32)
+            if requests.priority is not None:
+                votes[:rows] = np.repeat(requests.priority, requests.scheduled)[:rows]
+            self._weighed = requests.priority is not None
+            _put(votes, self.votes)
 
     def read(self, rows: int) -> tuple[Tensor, Tensor] | None:
         """Roles and phases of the first ``rows`` rows, ``(T,)`` each; None for more than there can be."""
         return (self.kinds[0, :rows], self.kinds[1, :rows]) if rows <= self.kinds.shape[1] else None
+
+
+def _put(written: Any, there: Tensor) -> None:
+    given = torch.from_numpy(written)
+    # memory that is not pinned would make the copy wait for the device
+    there.copy_(given.pin_memory() if there.is_cuda else given, non_blocking=True)

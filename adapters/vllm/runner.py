@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lynx.adapters.vllm.requests import ExactRequests
+from lynx.adapters.vllm.requests import Wishes
 from lynx.adapters.vllm.rows import Requests, StepRows
 from lynx.errors import UnsupportedModelError
 from lynx.log import logger
@@ -28,7 +28,7 @@ class Watched:
         device: Where the model runs.
 
     Attributes:
-        exact: The requests that ask for exact routing.
+        wishes: What requests ask for.
         rows: Where the rows of a step are written for the strategy that is on; None while none is.
         warming: Whether vLLM runs steps of its own making.
         captured: Whether CUDA graphs were captured, which go on calling the hooks of that time.
@@ -37,7 +37,7 @@ class Watched:
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.width, self.device = width, device
-        self.exact = ExactRequests()
+        self.wishes = Wishes()
         self.rows: StepRows | None = None
         self.warming = self.captured = self.told = self.complained = False
 
@@ -95,7 +95,7 @@ def _then_write(prepare: Callable[..., Any], read: Callable[..., Requests]) -> C
         mine = _of(self)
         if mine is not None and not mine.warming:
             mine.told = True
-            requests = read(self, scheduler_output, prepared, mine.exact)
+            requests = read(self, scheduler_output, prepared, mine.wishes)
             if mine.rows is not None:
                 mine.rows.write(requests)
         return prepared
@@ -141,21 +141,30 @@ def _of(runner: Any) -> Watched | None:
     return watched[model]
 
 
-def _first(runner: Any, step: Any, prepared: Any, exact: ExactRequests) -> Requests:
+def _first(runner: Any, step: Any, prepared: Any, wishes: Wishes) -> Requests:
     batch = runner.input_batch
     names, count = batch.req_ids, batch.num_reqs
-    exact.see(step.scheduled_new_reqs, runner.requests)
+    wishes.see(step.scheduled_new_reqs, runner.requests)
+    exact, priority = _asked(wishes.among(names))
     return Requests(
         scheduled=np.array([step.num_scheduled_tokens[name] for name in names]),
         computed=batch.num_computed_tokens_cpu[:count],
         prompt=batch.num_prompt_tokens[:count],
-        exact=np.array(exact.among(names)),
+        exact=exact,
+        priority=priority,
     )
 
 
-def _second(runner: Any, step: Any, batch: Any, exact: ExactRequests) -> Requests:
-    exact.see(step.scheduled_new_reqs, runner.req_states.req_id_to_index)
-    asked = np.array(exact.among(batch.req_ids))
+def _second(runner: Any, step: Any, batch: Any, wishes: Wishes) -> Requests:
+    wishes.see(step.scheduled_new_reqs, runner.req_states.req_id_to_index)
+    exact, priority = _asked(wishes.among(batch.req_ids))
     if getattr(runner, "adaptive_verification", None) is not None and step.scheduled_spec_decode_tokens:
-        asked[:] = True  # the device will share the drafts out: whose row is whose is not known here
-    return Requests(batch.num_scheduled_tokens, batch.num_computed_tokens_np, batch.prefill_len_np, asked)
+        exact[:] = True  # the device will share the drafts out: whose row is whose is not known here
+    return Requests(batch.num_scheduled_tokens, batch.num_computed_tokens_np, batch.prefill_len_np, exact, priority)
+
+
+def _asked(priorities: list[float | None]) -> tuple[Any, Any]:
+    """Which requests are exact, and what their votes are worth where they are not all alike."""
+    exact = np.array([priority is None for priority in priorities], dtype=bool)
+    votes = np.array([1.0 if priority is None else priority for priority in priorities], dtype=np.float32)
+    return exact, votes if (votes != 1.0).any() else None

@@ -65,6 +65,10 @@ class TallyInstallation:
         """Refuse what the engine cannot do."""
         raise lynx.AttachError("an engine of tally has no whole-sequence forward.")
 
+    def priorities(self, values, copies):
+        """Refuse what the engine does not tell apart."""
+        raise lynx.AttachError("an engine of tally has no order of sequences that a user could know.")
+
 
 class TallyAdapter:
     """Takes engines of tally."""

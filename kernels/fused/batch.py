@@ -5,6 +5,7 @@ import triton.language as tl
 
 from lynx.kernels.fused.rows import (
     BUDGET,
+    COVER,
     DEMAND_PROTECT,
     DROP,
     EXPERT_BITS,
@@ -19,6 +20,8 @@ from lynx.kernels.fused.rows import (
 )
 
 CHUNK = tl.constexpr(32)
+FEWER = tl.constexpr(4)  # at once, of numbers that take twice the registers
+COVERAGE = tl.constexpr(2)  # the value of BY_DEMAND that stands for a share instead of a budget
 
 # What is said of an expert, in bits.
 WANTED = tl.constexpr(1)  # by an open row
@@ -26,6 +29,13 @@ WOKEN = tl.constexpr(2)  # by an exact row
 KEPT = tl.constexpr(4)  # by a rule that every token decides for itself, or by protection
 FIRST = tl.constexpr(8)  # before all others in demand
 OWN = tl.constexpr(16)  # it is among the row's own, whatever the row may do
+
+
+@triton.jit
+def ranks_ahead(other, f, key, e):
+    """Bool `(SOME, BE)`: whether expert `f` of key `other` comes before expert `e` of `key`, ties by lowest id."""
+    ahead = (other[:, None] > key[None, :]) | ((other[:, None] == key[None, :]) & (f[:, None] < e[None, :]))
+    return ahead
 
 
 @triton.jit
@@ -39,12 +49,34 @@ def most_wanted(demand, first, candidate, settings, BE: tl.constexpr):
     for begin in range(0, BE, SOME):
         f = begin + tl.arange(0, SOME)
         other = tl.gather(key, f, 0)
-        ahead = (other[:, None] > key[None, :]) | ((other[:, None] == key[None, :]) & (f[:, None] < e[None, :]))
-        before += ahead.to(tl.int32)
+        before += ranks_ahead(other, f, key, e).to(tl.int32)
     place = tl.sum(before, 0)
     budget = tl.load(settings + BUDGET)
     limit = tl.where(budget < 0.0, tl.sum(candidate.to(tl.int32), 0).to(tl.float32) - tl.load(settings + DROP), budget)
     return candidate & (place.to(tl.float32) < limit)
+
+
+@triton.jit
+def covering(demand, first, candidate, woken, settings, BE: tl.constexpr):
+    """Bool `(BE,)`: the fewest candidates with which a share of the demand is covered, and `first` in any case.
+
+    What is woken comes before all others, and has covered its own.
+    """
+    e = tl.arange(0, BE)
+    wished = demand.to(tl.float32)
+    key = tl.where(candidate, tl.where(first, INF, wished), -INF)
+    units = tl.maximum(wished.to(tl.int64), 0)  # as in torch, where demand is float32
+    taken = tl.where(candidate, units, 0)
+    SOME: tl.constexpr = FEWER if BE > FEWER else BE
+    before = tl.zeros((SOME, BE), tl.int64)
+    for begin in range(0, BE, SOME):
+        f = begin + tl.arange(0, SOME)
+        other, theirs = tl.gather(key, f, 0), tl.gather(taken, f, 0)
+        before += tl.where(ranks_ahead(other, f, key, e), theirs[:, None], 0)
+    covered = tl.sum(before, 0) + tl.sum(tl.where(woken, units, 0), 0)
+    total = tl.maximum(tl.sum(units, 0), 1)
+    needed = covered.to(tl.float32) < tl.load(settings + COVER) * total.to(tl.float32)
+    return candidate & (needed | first)
 
 
 @triton.jit
@@ -136,5 +168,8 @@ def keep(heard, demand, settings, BY_DEMAND: tl.constexpr, BE: tl.constexpr):
     kept = (heard & KEPT) > 0
     if BY_DEMAND:
         candidate = ((heard & WANTED) > 0) & (woken == 0)
-        kept = kept | most_wanted(demand, (heard & FIRST) > 0, candidate, settings, BE)
+        if BY_DEMAND == COVERAGE:
+            kept = kept | covering(demand, (heard & FIRST) > 0, candidate, woken, settings, BE)
+        else:
+            kept = kept | most_wanted(demand, (heard & FIRST) > 0, candidate, settings, BE)
     return kept | woken, woken

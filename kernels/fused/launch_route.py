@@ -74,7 +74,7 @@ def _rule_options(rule: RouteRule) -> dict[str, Any]:
         "BY_RANK": rule.by_rank,
         "BY_RATIO": rule.by_ratio,
         "BY_MASS": rule.by_mass,
-        "BY_DEMAND": rule.by_demand,
+        "BY_DEMAND": 2 if rule.by_coverage else rule.by_demand,
         "UTILITY": rule.utility,
     }
 

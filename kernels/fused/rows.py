@@ -23,6 +23,7 @@ MIN_TOKENS = tl.constexpr(7)
 ON_PREFILL = tl.constexpr(8)
 ON_DECODE = tl.constexpr(9)
 SCALE = tl.constexpr(10)
+COVER = tl.constexpr(11)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ _DEMAND = RouteRule(by_demand=True)
 _RULES = {
     "ratio": RouteRule(by_ratio=True),
     "mass": RouteRule(by_mass=True),
+    "coverage": RouteRule(by_coverage=True),
     "static": RouteRule(by_rank=True, share=False, refill=False),
     "raw": RouteRule(renormalise=False, by_ratio=True),
     "sigmoid": RouteRule("sigmoid", by_demand=True),
@@ -34,19 +35,24 @@ class _Case(NamedTuple):
     rule: RouteRule = _DEMAND
     host: str = "fp32"  # dtype of the host's weights
     has_ids: bool = True
+    has_priority: bool = False  # as in vLLM, for strategies that count votes
 
 
 def _cases() -> Iterator[_Case]:
     for E, k in ((8, 2), (64, 8), (128, 8), (256, 8), (512, 16)):
         yield _Case(f"E{E}k{k}/demand", 16, E, k)
+    yield _Case("E512k16/coverage", 16, 512, 16, _RULES["coverage"])
     for name, rule in _RULES.items():
         yield _Case(f"E128k8/{name}", 16, 128, 8, rule)
     yield _Case("E128k8/one token", 1, 128, 8)
     yield _Case("E128k8/bf16", 16, 128, 8, host="bf16")
     yield _Case("E128k8/from scores", 16, 128, 8, has_ids=False)
+    yield _Case("E128k8/priority", 16, 128, 8, has_priority=True)
     yield _Case("E128k8/tiles", 64, 128, 8)
     for E, k in ((128, 8), (512, 16)):
         yield _Case(f"E{E}k{k}/parts", 256, E, k)
+        yield _Case(f"E{E}k{k}/parts priority", 256, E, k, has_priority=True)
+        yield _Case(f"E{E}k{k}/parts coverage", 256, E, k, _RULES["coverage"])
     yield _Case("E128k8/parts raw", 256, 128, 8, _RULES["raw"])
     yield _Case("E128k8/parts from scores", 256, 128, 8, has_ids=False)
 
@@ -59,9 +65,13 @@ def shipped_route(target: str) -> Iterator[tuple[str, Any, dict[str, str], dict[
         launched = {name: options.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": False}
         part = options.pop("PART")
         constants = {"E": case.E, "K": case.k, **options, **rule_options(case.rule)}
-        constants |= {"HAS_PRIORITY": False, "HAS_IDS": case.has_ids}
-        constants |= {"priority": None, "ONE_TILE": options["BT"] >= case.T, "PART": part}
+        constants |= {"HAS_PRIORITY": case.has_priority, "HAS_IDS": case.has_ids}
+        constants |= {"ONE_TILE": options["BT"] >= case.T, "PART": part}
+        if not case.has_priority:
+            constants["priority"] = None
         kernels = [route_kernel] if part >= case.T else [hear_kernel, reroute_kernel]
+        if case.has_priority:
+            kernels = [kernel for kernel in kernels if kernel is not reroute_kernel]  # all has been heard by then
         for kernel in kernels:
             own = {name: value for name, value in constants.items() if name in kernel.arg_names}
             name = kernel.fn.__name__.removesuffix("_kernel")

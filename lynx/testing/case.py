@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable
@@ -96,7 +97,7 @@ class Case:
     @cached_property
     def decision(self) -> Keep:
         """What the strategy said stays active."""
-        return self.selection.bound.keep(self.effective)
+        return self._as_it_is(self.selection).bound.keep(self.effective)
 
     @cached_property
     def woken(self) -> set[int]:
@@ -154,7 +155,7 @@ class Case:
 
     def run(self, routing: Routing, selection: LayerSelection | None = None) -> Rerouted:
         """Select and re-route; a strategy that raises breaks the contract."""
-        selection = selection or self.selection
+        selection = self._as_it_is(selection or self.selection)
         failures = selection.counters.failures
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LynxWarning)
@@ -166,6 +167,10 @@ class Case:
                 raise ContractViolation("runs", f"select() failed: {type(error).__name__}: {error}") from error
             raise ContractViolation("runs", "select() failed once and did not when it was asked again")
         return result
+
+    def _as_it_is(self, selection: LayerSelection) -> LayerSelection:
+        """A copy for a strategy that remembers, so that every question is its first."""
+        return copy.deepcopy(selection) if self.strategy.remembers() else selection
 
     def with_option(self, option: str, value: float) -> BaseStrategy:
         """Return the strategy with another value of one of its options."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -111,10 +112,12 @@ def shift_of_logits(case: Case) -> Iterator[str]:
 
 
 def leading_dimensions(case: Case) -> Iterator[str]:
-    """Independent batches in one call give what each gives alone."""
+    """Independent batches in one call give what each gives alone; one after the other, if the strategy remembers."""
     sibling = replace(case.spec, seed=case.spec.seed + 1).build()
     result = case.run(stack([case.routing, sibling]))
-    for index, alone in enumerate((case.result, case.run(sibling))):
+    after = copy.deepcopy(case.selection)
+    in_turn = (after(case.routing), after(sibling)) if case.strategy.remembers() else (case.result, case.run(sibling))
+    for index, alone in enumerate(in_turn):
         part = Rerouted(*(getattr(result, name)[index] for name in _FIELDS))
         yield from _differences(part, alone, f"batch {index} of two in one call")
 

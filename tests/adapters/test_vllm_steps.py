@@ -9,6 +9,7 @@ from vllm_stand_in import CUDAGraphMode, Router, engine, route
 
 import lynx
 from lynx.adapters.vllm.hook import hooks
+from lynx.adapters.vllm.requests import wish
 from lynx.adapters.vllm.rows import Requests, StepRows
 from lynx.adapters.vllm.runner import watched
 from lynx.errors import AttachError
@@ -185,6 +186,37 @@ def test_requests_that_ask_for_exact_routing(vllm, second, caplog):
     vllm.prepare([1], [4], [3])  # the others are gone; one of the names comes again, and asks for nothing
     vllm.prepare([3, 3], [0] * 2, [3] * 2, [None, None])
     assert watched[model].rows.kinds[0].tolist() == [OPEN] * 6 + [PADDING] * 26
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first runner", "second runner"])
+def test_requests_with_a_priority(vllm, second, monkeypatch):
+    vllm.config = engine({"lynx": {"strategy": {"name": "top-budget", "budget": 1, "protect": 0}}})
+    vllm.config.use_v2_model_runner = second
+    model = vllm.load(SIZES)
+    rows, place = watched[model].rows, watched[model].rows.votes.data_ptr()
+    seen, keep = [], lynx.SelectionStrategy.keep
+    monkeypatch.setattr(
+        lynx.SelectionStrategy, "keep", lambda self, routing: (seen.append(routing), keep(self, routing))[1]
+    )
+    wishes = [{"lynx": {"priority": 2.5}}, None, {"lynx": 0.5}, {"lynx": {"priority": "exact"}}]
+    vllm.prepare([3, 3, 3, 3], [0] * 4, [3] * 4, wishes)
+    assert rows.votes[:13].tolist() == [2.5] * 3 + [1.0] * 3 + [0.5] * 3 + [1.0] * 4
+    assert rows.kinds[0, 9:12].tolist() == [EXACT] * 3
+    with vllm.step([0, 1, 2, 3, 4], [4, 4, 4, 4]):
+        assert rows.kinds[0, :5].tolist() == [OPEN, OPEN, OPEN, EXACT, PADDING]
+        route(model["experts"][0], 5)
+    assert seen[0].priority[:5].tolist() == [2.5, 1.0, 0.5, 1.0, 1.0]
+    vllm.prepare([1], [4], [3])  # the others are gone: so are their votes
+    vllm.prepare([3, 3], [0] * 2, [3] * 2, [None, None])
+    assert rows.votes.tolist() == [1.0] * 32
+    assert rows.votes.data_ptr() == place  # captured graphs read it
+
+
+@pytest.mark.parametrize("word", [0, -1, True, 1000, float("nan"), {"priority": 0}, {"prioritaet": 2}, {}, [2]])
+def test_what_is_no_priority_is_exact_and_told(word, caplog):
+    request = SimpleNamespace(req_id="a", sampling_params=SimpleNamespace(extra_args={"lynx": word}))
+    assert wish(request) is None
+    assert "request_not_understood" in caplog.text
 
 
 def test_drafts_that_the_device_shares_out_are_exact(vllm):

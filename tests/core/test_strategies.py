@@ -115,6 +115,7 @@ def test_every_strategy_is_held_to_the_oracle_here():
         "pooled-threshold",
         "popularity",
         "static-top",
+        "target-active",  # in test_target_active.py
         "top-budget",
     }
     assert wrappers == {"by-batch-size", "per-layer", "phase-aware"}

@@ -15,6 +15,7 @@ from lynx.kernels import route as route_file
 from lynx.routing import Phase, Role, Routing
 from lynx.selection import LayerSelection
 from lynx.strategies.batch_union import BatchUnion
+from lynx.strategies.coverage import Coverage
 from lynx.strategies.exact import Exact
 from lynx.strategies.importance_threshold import ImportanceThreshold
 from lynx.strategies.popularity import Popularity
@@ -72,6 +73,14 @@ def strategies(E: int, k: int) -> st.SearchStrategy[SelectionStrategy]:
         st.builds(
             TopBudget,
             budget=st.integers(1, max(1, E // 3)),
+            utility=st.sampled_from(["own-mass", "normalised-own-mass", "count"]),
+            protect=protect,
+            refill=refill,
+            floor=floor,
+        ),
+        st.builds(
+            Coverage,
+            share=st.one_of(share, st.sampled_from([0.0, 0.5, 1.0])),
             utility=st.sampled_from(["own-mass", "normalised-own-mass", "count"]),
             protect=protect,
             refill=refill,

@@ -25,6 +25,7 @@ from route_cases import (
 from lynx.routing import Phase, Role, WeightRule
 from lynx.selection import LayerSelection
 from lynx.strategies.batch_union import BatchUnion
+from lynx.strategies.coverage import Coverage
 from lynx.strategies.importance_threshold import ImportanceThreshold
 from lynx.strategies.phase_aware import PhaseAware
 from lynx.strategies.static_top import StaticTop
@@ -124,6 +125,31 @@ def test_protected_experts_stay(strategy, launches):
     best = routing.slot_rank < strategy.protect
     assert not result.lost[best].any()
     assert result.lost[~best].any()
+
+
+@pytest.mark.sanitize
+@WAYS
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])
+def test_a_share_of_the_demand_is_covered(share, launches):
+    """Of four experts that all want alike a half is two of them: reached is enough. Of equals the lowest ids stay."""
+    routing = make(experts=64, roles=[Role.OPEN] * 10 + [Role.EXACT, Role.PADDING])
+    ids = torch.tensor([7, 40, 21, 3], device=DEVICE).expand(12, 4).contiguous()
+    ids[10:] = torch.tensor([50, 51, 52, 53], device=DEVICE)
+    weights, flat = torch.full((12, 4), 0.25, device=DEVICE), torch.zeros_like(routing.choice)
+    routing = dataclasses.replace(routing, choice=flat, logits=flat.clone(), ids=ids, weights=weights)
+    _, result, _ = check(Coverage(share=share, protect=0, refill="none"), routing, launches)
+    kept = ids[:10][~result.lost[:10]].unique().tolist()
+    assert kept == [3, 7, 21, 40][: max(1, round(4 * share))]  # a row keeps its best in any case
+
+
+@WAYS
+def test_what_exact_rows_have_woken_covers_its_own(launches):
+    routing = make(experts=64, roles=[Role.OPEN] * 8 + [Role.EXACT] * 4, skew=2.0)
+    for share in (0.3, 0.6, 0.9):
+        check(Coverage(share=share), routing, launches)
+    with_votes = dataclasses.replace(routing, priority=torch.linspace(0.1, 3, 12).to(DEVICE))
+    _, result, _ = check(Coverage(share=0.4, protect=0), with_votes, launches)
+    assert result.lost.any()
 
 
 @WAYS

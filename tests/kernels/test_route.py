@@ -31,8 +31,8 @@ DEVICE_OF_TENSORS = torch.zeros(0, device=DEVICE).device
 INFO = LayerInfo("layer", 0, 16, 4, WeightRule())
 IN_TORCH = {
     "affinity-binning": "affinity-binning selects in torch",
-    "coverage": "coverage keeps by coverage, which the kernel does not",
     "pooled-threshold": "pooled-threshold keeps by pooled mass, which the kernel does not",
+    "target-active": "target-active is no single strategy with a keep rule",
     "by-batch-size": "by-batch-size is no single strategy with a keep rule",
 }
 
@@ -54,7 +54,7 @@ def tensors(routing):
 
 
 def test_rules_survive_the_way_into_a_custom_op():
-    for rule in (RouteRule(), RouteRule("sigmoid", False, False, False, False, True, True, True, True, "count")):
+    for rule in (RouteRule(), RouteRule("sigmoid", False, False, False, False, True, True, True, True, True, "count")):
         assert RouteRule.decode(rule.encode()) == rule
         assert all(type(number) is int for number in rule.encode())
 
@@ -69,8 +69,19 @@ def test_which_strategies_are_fused(name):
 def test_settings_are_one_tensor_in_the_kernels_order():
     from lynx.kernels.fused import rows
 
-    numbers = RouteSettings(*range(11)).tensor(DEVICE).tolist()
-    for name in ("RANK", "RATIO", "MASS", "BUDGET", "DROP", "DEMAND_PROTECT", "PROTECT", "MIN_TOKENS", "SCALE"):
+    numbers = RouteSettings(*range(12)).tensor(DEVICE).tolist()
+    for name in (
+        "RANK",
+        "RATIO",
+        "MASS",
+        "BUDGET",
+        "DROP",
+        "DEMAND_PROTECT",
+        "PROTECT",
+        "MIN_TOKENS",
+        "SCALE",
+        "COVER",
+    ):
         field = [each.name for each in dataclasses.fields(RouteSettings)].index(name.lower())
         assert numbers[getattr(rows, name).value] == field
     assert (rows.ON_PREFILL.value, rows.ON_DECODE.value) == (8, 9)
