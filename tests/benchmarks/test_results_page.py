@@ -1,0 +1,52 @@
+"""docs/results.md says what benchmarks/results/tuned.json says."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("results_page", ROOT / "docs" / "results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / "tuned.json").read_text(encoding="utf-8"))
+
+
+def test_the_page_is_made_from_the_result(page: ModuleType, result: dict[str, Any]) -> None:
+    assert result["complete"]
+    assert "+changes" not in result["commit"]
+    assert page.filled(PAGE, result) == PAGE
+
+
+def test_another_result_makes_another_page(page: ModuleType, result: dict[str, Any]) -> None:
+    worse = copy.deepcopy(result)
+    worse["rows"][0]["promise"] = {
+        "chosen": {},
+        "verified": {"value": 0.0005, "low": 0.0004, "high": 0.0009, "share": 0.6},
+        "judged": {"value": 0.5, "low": 0.4, "high": 0.6, "share": 0.6},
+    }
+    found = page.filled(PAGE, worse)
+    assert "| 0 | 60.0% | 0.0005 (0.0004 to 0.0009) | 0.5 (0.4 to 0.6) | no |" in found
+    worse["rows"][0]["promise"] = {"chosen": None}
+    assert "none was verified" in page.filled(PAGE, worse)
+
+
+def test_places_are_not_lost(page: ModuleType, result: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="0 places for 'equal'"):
+        page.filled("# Results", result)
