@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lynx.attachment import attach
+from lynx.config import resolve_config
 from lynx.demo.cache import as_argument
+from lynx.handle import Handle
 from lynx.measuring.batches import ForcedBatch
 from lynx.measuring.decode import fill_cache
 from lynx.measuring.intervals import Estimate, bootstrap
@@ -95,11 +97,24 @@ def measure(
         stress: Put the prompts under the policy, too.
     """
     qualities = [Quality(setting) for setting in settings]
-    for batch in batches:
+    # one that remembers steps must see all batches; the others share what was read of each
+    learning = [quality for quality in qualities if _remembers(quality.setting)]
+    texts = list(batches) if learning else batches
+    for batch in texts:
         prompt = Prompted(model, batch, stress)
         for quality in qualities:
-            prompt.score(quality)
-            advance()
+            if not any(quality is other for other in learning):
+                with attach(model, quality.setting) as handle:
+                    prompt.score(quality, handle)
+                advance()
+    for quality in learning:
+        with attach(model, quality.setting) as handle:
+            for batch in texts:
+                with handle.paused():
+                    prompt = Prompted(model, batch, stress)
+                prompt.score(quality, handle)
+                handle.reset()  # the counters; what a strategy has learnt stays
+                advance()
     return qualities
 
 
@@ -107,7 +122,7 @@ class Prompted:
     """A batch whose prompt the model alone has read, unless it is to be under the policy.
 
     Args:
-        model: The model, not attached.
+        model: The model, not attached or paused.
         batch: The text.
         stress: Leave the prompt to the policy.
     """
@@ -123,10 +138,10 @@ class Prompted:
             self._cache = fill_cache(model, self._batch, self._read) if self._read else None
             self._exact = self._log_probs()
 
-    def score(self, quality: Quality) -> None:
-        """Run the continuations under a setting and add what is found."""
+    def score(self, quality: Quality, handle: Handle) -> None:
+        """Run the continuations under the setting that is attached, and add what is found."""
         batch = self._batch
-        with torch.inference_mode(), attach(self._model, quality.setting) as handle, handle.teacher_forced(0):
+        with torch.inference_mode(), handle.teacher_forced(0):
             policy = self._log_probs()
             quality.layers.append([layer.phases["decode"] for layer in handle.report().layers])
         rows = batch.scored.nonzero()[:, 0]
@@ -156,6 +171,10 @@ class Prompted:
             use_cache=self._cache is not None,
         ).logits
         return torch.log_softmax(logits[:, :-1][batch.scored[:, rest]].float(), dim=-1)
+
+
+def _remembers(setting: Any) -> bool:
+    return resolve_config(setting, {}).strategy.remembers()
 
 
 def _mean(reports: Sequence[PhaseReport], name: str, weight: str) -> float:

@@ -105,6 +105,18 @@ def test_prompts_are_exact_unless_stressed(subject):
     assert gentle.kl_value != stressed.kl_value
 
 
+def test_a_strategy_that_learns_sees_all_batches(subject):
+    """It begins where the batch before left it, and the model is free afterwards."""
+    batches = [*forced_batches(reference_examples(), 4, 24, subject.pad_id)][:3]
+    setting = parse_setting("target-active share=0.6")
+    (together, plain) = measure(subject.model, batches, [setting, SETTINGS[0]])
+    (alone,) = measure(subject.model, batches[2:], [setting])
+    assert len(together.layers) == len(plain.layers) == 3
+    assert together.layers[2][0].active_after != alone.layers[0][0].active_after
+    (again,) = measure(subject.model, batches, [SETTINGS[0]])
+    assert plain.kl == again.kl
+
+
 def test_answers_are_counted(subject):
     asked = [each for each in questions(reference_examples(), 500) if len(each.continuation) <= 44][:6]
     calls = []
