@@ -61,15 +61,15 @@ def _promise(result: Result) -> str:
     for row in result["rows"]:
         found = row["promise"]
         if found["chosen"] is None:
-            cells.append((str(row["seed"]), "none was verified", "", "", "yes: nothing was written"))
+            cells.append((str(row["seed"]), "none was verified", "", "", "yes, nothing was written"))
             kept += 1
             continue
-        holds = found["judged"]["low"] <= result["max_kl"]
+        holds = found["judged"]["value"] <= result["max_kl"]
         kept += holds
         share = f"{found['judged']['share']:.1%}"
         verified, judged = _estimate(found["verified"]), _estimate(found["judged"])
         cells.append((str(row["seed"]), share, verified, judged, "yes" if holds else "no"))
-    table = _table(("split", "active experts", "KL verified", "KL on other text", "within its interval"), cells)
+    table = _table(("split", "active experts", "KL verified", "KL on other text", "held"), cells)
     return (
         f"A KL of at most {result['max_kl']} was asked for; it held {kept} times of {len(result['rows'])}.\n\n{table}"
     )

@@ -33,6 +33,10 @@ class StrategyError(LynxError, RuntimeError):
     """A strategy broke its contract while selecting."""
 
 
+class MeasureError(LynxError, ArithmeticError):
+    """A figure cannot be measured."""
+
+
 class LynxWarning(UserWarning):
     """Something works differently from what the call suggests."""
 

@@ -129,8 +129,8 @@ class Handle:
         """Say what each sequence of the batch is worth beside its neighbours.
 
         Inside the ``with`` block, rows vote for experts with the weight of their sequence, where a strategy counts
-        votes (``top-budget``, ``coverage``, ``popularity``, ``affinity-binning``). Sequences that are ``"exact"`` keep
-        the model's own routing, under every strategy.
+        votes (``top-budget``, ``pooled-threshold``, ``coverage``, ``popularity``, ``affinity-binning``). Sequences that
+        are ``"exact"`` keep the model's own routing, under every strategy.
 
         Args:
             values: One for each sequence of a forward, in its order, as a list or a tensor ``(B,)``: a number above 0,

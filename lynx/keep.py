@@ -151,11 +151,14 @@ class ByPool:
 
     def keep(self, routing: Routing) -> Tensor:
         """Return ``(E,)`` bool."""
-        votes = routing.mass**self.power
+        if self.least <= 0.0:
+            return routing.wanted
+        # by the threshold, so that no power of a small mass is lost in the sum; one whole vote is enough
+        votes = (routing.mass / self.least).clamp_max(1.0) ** self.power
         if routing.priority is not None:
             # rows that are not OPEN contribute exactly 0, NaN included
             votes = (votes * routing.priority.unsqueeze(-1)).masked_fill(~routing.own, 0.0)
-        return routing.wanted & (sum_votes(votes) >= self.least**self.power)
+        return routing.wanted & (sum_votes(votes) >= 1.0)
 
 
 KeepRule = ByRank | ByRatio | ByMass | ByDemand | ByCoverage | ByPool | AnyOf

@@ -138,7 +138,8 @@ class PytorchInstallation:
         self.shared.paused = value
 
     def remove(self) -> None:
-        """Give all blocks their forwards back."""
+        """Give all blocks their forwards back; what somebody else has wrapped since lets the block's own through."""
+        self.shared.paused = True
         while self._blocks:
             block = self._blocks.pop()()
             stands = None if block is None else standing_in(block)

@@ -81,9 +81,11 @@ class TransformersAdapter:
                 own = isinstance(replaced, TransformersInstallation) and replaced.owns(hook)
                 if is_ours(hook) and not own:
                     raise AttachError(
-                        f"router {layer.info.name!r} is attached through another module; "
-                        "detach that one first (lynx.detach)."
+                        f"router {layer.info.name!r} is attached through another module; detach that one first "
+                        "(lynx.detach). If this is a copy of an attached model, copy it while it is not attached."
                     )
+        for layer, selection in pairs:
+            selection.place(device_of(layer.router))  # it may refuse, while the strategy before is still on
         return TransformersInstallation(model, pairs, config.max_decode_q, experts, backends)
 
 

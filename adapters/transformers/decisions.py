@@ -156,4 +156,4 @@ def hook_layer(
 def is_ours(hook: object, context: StepContext | None = None) -> bool:
     """Whether a hook of a router was put there by Lynx, or by the installation with this context."""
     found = hook.hook if isinstance(hook, LogitsHook) else hook
-    return isinstance(found, RouterHook) and context in (None, found.context)
+    return isinstance(found, RouterHook) and (context is None or found.context is context)

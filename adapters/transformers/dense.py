@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from typing import Any
 
 import torch
@@ -115,10 +116,12 @@ class DenseSwitch:
             space = vars(placed.module)
             for name in ("_old_forward", "forward"):
                 if space.get(name) is placed:
-                    if placed.previous is None:
-                        del space[name]
-                    else:
+                    if placed.previous is not None:
                         space[name] = placed.previous
+                    elif name == "forward":
+                        del space[name]
+                    else:  # accelerate came after, keeps it there, and will call it
+                        space[name] = types.MethodType(type(placed.module).forward, placed.module)
 
 
 class _Gate:

@@ -160,12 +160,12 @@ def why_not(experts: nn.Module | None) -> str:
     """Say why an experts module cannot be run by Lynx; empty if it can."""
     if experts is None:
         return "no experts module was found beside the router"
+    if _spread(experts):
+        return "its experts are spread over processes"
     if dense.runs_all(experts):
         return dense.why_not(experts)
     if not all(hasattr(experts, name) for name in ("config", "has_gate", "has_bias", "is_transposed")):
         return f"{type(experts).__name__} does not go through transformers' experts registry"
-    if _spread(experts):
-        return "its experts are spread over processes"
     for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
         weight = getattr(experts, name, None)
         if not isinstance(weight, Tensor) or weight.ndim != 3 or not weight.is_floating_point():

@@ -36,7 +36,7 @@ class StepEnds:
             AttachError: A router was passed over.
         """
         step, self.context.step = self.context.step, None
-        if not self.waiting or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.waiting:  # in this order: what is read is guarded on
             return
         waiting = [hook for hook in self.waiting if not hook.decided]
         silent = [hook.selection.info.name for hook in waiting if hook.entered and not hook.fired]

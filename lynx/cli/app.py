@@ -22,6 +22,10 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
 
 
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32; auto for the file's.")]
+
+
 class Experts(StrEnum):
     """What runs the experts under Lynx."""
 
@@ -117,6 +121,8 @@ def evaluate(
         int, typer.Option("--questions", min=0, help="Examples with an answer to generate for, in true batches.")
     ] = 0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest generated answer.")] = 128,
+    device: Device = None,
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure what settings do to a model on your text, beside the controls."""
@@ -135,7 +141,7 @@ def evaluate(
         questions=questions,
         max_new_tokens=max_new_tokens,
     )
-    run_eval(model, data, strategy, ranges or [], protocol, as_json)
+    run_eval(model, data, strategy, ranges or [], protocol, (device, dtype), as_json)
 
 
 @app.command()
@@ -148,12 +154,14 @@ def trace(
     columns: Annotated[int, typer.Option("--columns", min=1, help="Most decode steps of an example.")] = 64,
     prompts: Annotated[bool, typer.Option("--prompts", help="Record prompts, too.")] = False,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Examples that are read in one pass.")] = 8,
+    device: Device = None,
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Record what a model's routers decide on your text, for `lynx simulate`."""
     from lynx.cli.trace import run_trace
 
-    run_trace(model, data, out, columns, prompts, batch, as_json)
+    run_trace(model, data, out, columns, prompts, batch, (device, dtype), as_json)
 
 
 @app.command()
@@ -217,10 +225,8 @@ def bench(
     ] = Experts.auto,
     similar: Annotated[bool, typer.Option("--similar", help="Batches of one domain each, not mixed.")] = False,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens in the cache, where they are random.")] = 128,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda or cuda:N; a GPU where there is one.")
-    ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32; auto for the file's.")] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
     clock: Annotated[
         Clock, typer.Option("--clock", help="Of a CPU: wall, or thread to leave out what else the machine does.")
     ] = Clock.wall,
@@ -277,6 +283,8 @@ def tune(
     out: Annotated[Path, typer.Option("--out", help="Where the configuration goes, with its report beside it.")] = Path(
         "lynx.yaml"
     ),
+    device: Device = None,
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Choose a setting for every layer of a model, within the loss that you allow."""
@@ -293,7 +301,7 @@ def tune(
         questions=questions,
         max_new_tokens=max_new_tokens,
     )
-    run_tune(model, data, goal, protocol, Effort(candidates=candidates), latency, out, as_json)
+    run_tune(model, data, goal, protocol, Effort(candidates=candidates), latency, (device, dtype), out, as_json)
 
 
 @app.command()

@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +38,7 @@ def run_bench(
         raise ConfigError(f"cannot write {str(fit)!r}: there is no folder {str(fit.resolve().parent)!r}.")
     device, dtype = place
     has_text = data is not None or model == "reference"
-    subject = load_subject(model, has_text, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+    subject = load_subject(model, has_text, device, dtype)
     examples = examples_of(data, subject) if has_text else None
     with progress_bar(rounds(plan)) as advance:
         result = bench(subject, examples, settings, plan, advance, command)

@@ -36,11 +36,17 @@ def settings_of(strategies: list[str], ranges: list[str]) -> list[Config]:
 
 
 def run_eval(
-    model: str, data: Path | None, strategies: list[str], ranges: list[str], protocol: Protocol, as_json: bool
+    model: str,
+    data: Path | None,
+    strategies: list[str],
+    ranges: list[str],
+    protocol: Protocol,
+    place: tuple[str | None, str],
+    as_json: bool,
 ) -> None:
     """Measure, and print the table or JSON."""
     settings = settings_of(strategies, ranges)
-    subject = load_subject(model)
+    subject = load_subject(model, True, *place)
     examples = examples_of(data, subject)
     with progress_bar(rounds(subject, examples, settings, protocol)) as advance:
         result = evaluate(subject, examples, settings, protocol, advance)
@@ -74,8 +80,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.active_after:.1f} of {row.active_before:.1f} ({row.share:.0%})",
         f"{row.kept_mass_mean:.3f}",
         f"{row.kept_mass_worst:.3f}",
-        f"{row.kl.value:.4f} ({row.kl.low:.4f} to {row.kl.high:.4f})",
-        f"{row.rise.value:.4f} ({row.rise.low:.4f} to {row.rise.high:.4f})",
+        f"{row.kl.value:.2g} ({row.kl.low:.2g} to {row.kl.high:.2g})",
+        f"{row.rise.value:.2g} ({row.rise.low:.2g} to {row.rise.high:.2g})",
         f"{row.agreement.value:.1%}",
         answers,
     )

@@ -13,9 +13,18 @@ from lynx.measuring.subject import load_subject
 from lynx.measuring.trace import passes, record
 
 
-def run_trace(model: str, data: Path | None, out: Path, columns: int, prompts: bool, batch: int, as_json: bool) -> None:
+def run_trace(
+    model: str,
+    data: Path | None,
+    out: Path,
+    columns: int,
+    prompts: bool,
+    batch: int,
+    place: tuple[str | None, str],
+    as_json: bool,
+) -> None:
     """Record, and say what was recorded."""
-    subject = load_subject(model)
+    subject = load_subject(model, True, *place)
     examples = examples_of(data, subject)
     with progress_bar(passes(examples, batch)) as advance:
         trace = record(

@@ -42,14 +42,15 @@ def run_tune(
     protocol: Protocol,
     effort: Effort,
     latency: Path | None,
+    place: tuple[str | None, str],
     out: Path,
     as_json: bool,
 ) -> None:
     """Tune, write the configuration and the report, and print what was chosen."""
     if not out.parent.is_dir():
         raise ConfigError(f"cannot write {str(out)!r}: there is no folder {str(out.parent)!r}.")
-    seconds, weights = (None, None) if latency is None else _times(LatencyModel.load(latency), protocol.batch)
-    subject = load_subject(model)
+    seconds, weights = (None, None) if latency is None else _times(LatencyModel.load(latency), protocol.batch, model)
+    subject = load_subject(model, True, *place)
     examples = examples_of(data, subject)
     with progress_bar(rounds(subject, examples, protocol, effort)) as advance:
         kept = out.with_suffix(".measured.json")
@@ -64,14 +65,18 @@ def run_tune(
     console = Console(highlight=False, markup=False, soft_wrap=True)
     quality = tuned.chosen.quality
     console.print(
-        f"{goal}: {quality.share:.0%} of the active experts at a KL of {tuned.chosen.kl} nats per token, on text that "
-        "no setting was chosen by."
+        f"{goal}: {quality.share:.0%} of the active experts at a KL of {tuned.chosen.kl} nats per token, on "
+        "the half of the text that verifies."
     )
     console.print(f"Written: {', '.join(str(path) for path in (out, *report))}")
 
 
-def _times(model: LatencyModel, batch: int) -> tuple[Callable[[Sequence[float]], float], list[float]]:
+def _times(model: LatencyModel, batch: int, asked: str) -> tuple[Callable[[Sequence[float]], float], list[float]]:
     """A step's time from its layers' active experts, and what an expert of each layer takes."""
+    if model.model != asked:
+        raise ConfigError(
+            f"the latency model is of {model.model!r}, not of {asked!r}; fit one with `lynx bench --fit`."
+        )
     fitted = model.at(batch)
     # a slope below nothing is noise: such a layer's experts cost as little as any
     slopes = [layer.per_expert.value for layer in fitted.layers]

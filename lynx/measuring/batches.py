@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
 import torch
@@ -38,12 +38,14 @@ class ForcedBatch:
         mask: ``(B, L)``, 1 for tokens.
         prompt_columns: Columns before the continuation.
         scored: ``(B, L - 1)`` bool: places whose next token is predicted from a decode column and is a token.
+        examples: Which text each row is, so that what was measured of one twice is not taken for two; ``B`` of them.
     """
 
     ids: Tensor
     mask: Tensor
     prompt_columns: int
     scored: Tensor
+    examples: tuple[int, ...] = ()
 
     @property
     def positions(self) -> Tensor:
@@ -68,6 +70,7 @@ def forced_batches(
     Raises:
         ConfigError: Not one batch can be made.
     """
+    places = {id(example): place for place, example in enumerate(examples)}
     long_enough = [example for example in examples if len(example.continuation) >= columns]
     batches = list(grouped(long_enough, size, mix, seed))
     if not batches:
@@ -77,9 +80,10 @@ def forced_batches(
             f"batch of {size}; give more text, or a smaller batch or fewer columns."
         )
     for group in batches:
-        yield align(
+        made = align(
             [example.prompt for example in group], [example.continuation[:columns] for example in group], pad_id
         )
+        yield replace(made, examples=tuple(places[id(example)] for example in group))
 
 
 def align(prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], pad_id: int) -> ForcedBatch:

@@ -195,7 +195,7 @@ def _conditions(
 ) -> dict[str, Any]:
     device = subject.model.device
     return {
-        **origin(),
+        **origin(subject.model),
         "device": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "model": subject.name,
         "dtype": str(subject.model.dtype).removeprefix("torch."),

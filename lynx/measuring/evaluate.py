@@ -136,7 +136,7 @@ def evaluate(
             answers = answer(subject, asked, setting, *each)
         found.append(_row(setting, quality, index >= len(settings), answers))
     conditions = {
-        **origin(),
+        **origin(subject.model),
         "model": subject.name,
         "data": examples_hash(examples),
         "examples": len(examples),

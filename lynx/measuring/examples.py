@@ -62,7 +62,7 @@ def read_examples(path: Path, subject: Subject, window: int = 2 * PROMPT_TOKENS)
         lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
         found = [example for number, line in lines for example in _from_line(line, f"{path}:{number}", subject, window)]
     else:
-        found = list(_windows(subject.encode(text), window, path.stem))
+        found = list(_windows(subject.encode(text), window, path.stem, subject.begin))
     if not found:
         raise ConfigError(f"{str(path)!r} holds no example: it is empty, or shorter than {window} tokens.")
     return found
@@ -82,7 +82,7 @@ def reference_examples() -> list[Example]:
 
 def examples_hash(examples: Sequence[Example]) -> str:
     """Return a hash of examples, by which a result names its data."""
-    content = json.dumps([[each.prompt, each.continuation, each.answer] for each in examples])
+    content = json.dumps([[each.prompt, each.continuation, each.answer, each.domain] for each in examples])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -111,20 +111,21 @@ def _from_line(line: str, where: str, subject: Subject, window: int) -> Iterator
     if not isinstance(item, dict):
         raise ConfigError(f"{where} holds {type(item).__name__}; an example is a mapping with {_KEYS}.")
     answer, domain = item.get("answer"), str(item.get("domain", ""))
-    stop = subject.stop_ids[:1]
+    stop, begin = subject.stop_ids[:1], subject.begin
     if "messages" in item:
+        begin = ()  # the template says how a conversation begins
         prompt, continuation = _conversation(item["messages"], where, subject)
     elif "prompt" in item:
         prompt, continuation = str(item["prompt"]), next((str(item[key]) for key in _CONTINUATIONS if key in item), "")
     elif "text" in item:
-        yield from _windows([*subject.encode(str(item["text"])), *stop], window, domain)
+        yield from _windows([*subject.encode(str(item["text"])), *stop], window, domain, subject.begin)
         return
     else:
         raise ConfigError(f"{where} has the keys {sorted(item)}; an example has {_KEYS}.")
     if not continuation and answer is None:
         raise ConfigError(f"{where} has a prompt and neither a continuation nor an answer; an example has {_KEYS}.")
     tokens = (*subject.encode(continuation), *stop) if continuation else ()
-    yield Example(tuple(subject.encode(prompt)), tokens, None if answer is None else str(answer), domain)
+    yield Example((*begin, *subject.encode(prompt)), tokens, None if answer is None else str(answer), domain)
 
 
 def _conversation(messages: Any, where: str, subject: Subject) -> tuple[str, str]:
@@ -135,11 +136,11 @@ def _conversation(messages: Any, where: str, subject: Subject) -> tuple[str, str
     return subject.template(messages[:-1]), str(messages[-1]["content"])
 
 
-def _windows(tokens: Sequence[int], window: int, domain: str) -> Iterator[Example]:
+def _windows(tokens: Sequence[int], window: int, domain: str, begin: tuple[int, ...]) -> Iterator[Example]:
     prompt = min(window // 2, PROMPT_TOKENS)
     for start in range(0, len(tokens) - window + 1, window):
         piece = tuple(tokens[start : start + window])
-        yield Example(piece[:prompt], piece[prompt:], domain=domain)
+        yield Example((*begin, *piece[:prompt]), piece[prompt:], domain=domain)
 
 
 def _utf8(text: str) -> tuple[int, ...]:

@@ -12,8 +12,12 @@ import torch
 import lynx
 
 
-def origin() -> dict[str, Any]:
-    """Return versions, machine and time as plain data."""
+def origin(model: Any = None) -> dict[str, Any]:
+    """Return versions, machine and time as plain data.
+
+    Args:
+        model: What was run; without one, the device is the processor.
+    """
     import transformers
 
     return {
@@ -21,10 +25,15 @@ def origin() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "device": torch.cuda.get_device_name(model.device) if _on_gpu(model) else processor(),
+        **({} if model is None else {"dtype": str(model.dtype).removeprefix("torch.")}),
         "threads": torch.get_num_threads(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _on_gpu(model: Any) -> bool:
+    return model is not None and model.device.type == "cuda"
 
 
 def processor() -> str:

@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lynx.attachment import attach
-from lynx.config import resolve_config
+from lynx.attachment import attach, chosen_layers, discover
+from lynx.config import Config, resolve_config
 from lynx.demo.cache import as_argument
+from lynx.errors import MeasureError
 from lynx.handle import Handle
+from lynx.layers import LayerFilter
 from lynx.measuring.batches import ForcedBatch
 from lynx.measuring.decode import fill_cache
 from lynx.measuring.intervals import Estimate, bootstrap
 from lynx.report import PhaseReport
+from lynx.strategy import BaseStrategy
 
 
 @dataclass(slots=True)
@@ -32,6 +35,7 @@ class Quality:
         exact_loss: ``(S,)`` sums of cross-entropy of the model alone, in nats.
         agree: ``(S,)`` places where both find the same token likeliest.
         places: ``(S,)`` places scored.
+        examples: ``(S,)`` which text each sequence is: one that was measured in several batches counts once.
         layers: One report of the decode phase for every batch and layer.
     """
 
@@ -41,11 +45,12 @@ class Quality:
     exact_loss: list[float] = field(default_factory=list)
     agree: list[float] = field(default_factory=list)
     places: list[float] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
     layers: list[list[PhaseReport]] = field(default_factory=list)
 
     def mean(self, name: str) -> Estimate:
-        """Mean per place of ``kl``, ``loss``, ``exact_loss`` or ``agree``, with its interval over sequences."""
-        return bootstrap(torch.tensor(getattr(self, name)), torch.tensor(self.places))
+        """Mean per place of ``kl``, ``loss``, ``exact_loss`` or ``agree``, with its interval over texts."""
+        return bootstrap(self._by_text(getattr(self, name)), self._by_text(self.places))
 
     @property
     def kl_value(self) -> float:
@@ -55,8 +60,14 @@ class Quality:
     @property
     def rise(self) -> Estimate:
         """Rise of the cross-entropy over exact routing, in nats per place."""
-        difference = torch.tensor(self.loss, dtype=torch.float64) - torch.tensor(self.exact_loss, dtype=torch.float64)
-        return bootstrap(difference, torch.tensor(self.places))
+        difference = self._by_text(self.loss) - self._by_text(self.exact_loss)
+        return bootstrap(difference, self._by_text(self.places))
+
+    def _by_text(self, values: Sequence[float]) -> Tensor:
+        """Sums over the sequences of each text."""
+        _, place = torch.tensor(self.examples).unique(return_inverse=True)
+        sums = torch.zeros(int(place.max()) + 1, dtype=torch.float64)
+        return sums.index_add(0, place, torch.tensor(values, dtype=torch.float64))
 
     def active(self, when: str = "after") -> list[float]:
         """Mean active experts per decode step of each layer, ``before`` or ``after`` selection."""
@@ -100,15 +111,16 @@ def measure(
     # one that remembers steps must see all batches; the others share what was read of each
     learning = [quality for quality in qualities if _remembers(quality.setting)]
     texts = list(batches) if learning else batches
+    attached = {id(quality): _in_all_layers(model, quality.setting) for quality in qualities}
     for batch in texts:
         prompt = Prompted(model, batch, stress)
         for quality in qualities:
             if not any(quality is other for other in learning):
-                with attach(model, quality.setting) as handle:
+                with attach(model, attached[id(quality)]) as handle:
                     prompt.score(quality, handle)
                 advance()
     for quality in learning:
-        with attach(model, quality.setting) as handle:
+        with attach(model, attached[id(quality)]) as handle:
             for batch in texts:
                 with handle.paused():
                     prompt = Prompted(model, batch, stress)
@@ -131,7 +143,11 @@ class Prompted:
         self._model = model
         device = model.device
         self._batch = ForcedBatch(
-            batch.ids.to(device), batch.mask.to(device), batch.prompt_columns, batch.scored.to(device)
+            batch.ids.to(device),
+            batch.mask.to(device),
+            batch.prompt_columns,
+            batch.scored.to(device),
+            batch.examples or tuple(range(len(batch.ids))),
         )
         self._read = 0 if stress else batch.prompt_columns
         with torch.inference_mode():
@@ -157,6 +173,9 @@ class Prompted:
         for name, values in sums.items():
             per_row = torch.zeros(len(batch.ids), dtype=torch.float64, device=rows.device)
             getattr(quality, name).extend(per_row.index_add(0, rows, values.double()).tolist())
+        quality.examples.extend(batch.examples)
+        if not all(map(math.isfinite, quality.kl)):
+            raise MeasureError("the KL is not finite: the model gives out infinite or undefined scores on this text.")
 
     def _log_probs(self) -> Tensor:
         """``(N, V)`` log-probabilities at the scored places."""
@@ -171,6 +190,23 @@ class Prompted:
             use_cache=self._cache is not None,
         ).logits
         return torch.log_softmax(logits[:, :-1][batch.scored[:, rest]].float(), dim=-1)
+
+
+def _in_all_layers(model: Any, setting: Any) -> Any:
+    """The same with layers that are left out attached and exact, so that they are counted, too."""
+    config = resolve_config(setting, {})
+    if not isinstance(config.layers, LayerFilter) or not _nests(config.strategy):
+        return config
+    chosen = chosen_layers([layer.info for layer in discover(model).layers], config)
+    strategies = {info.index: config.strategy for info in chosen}
+    layered = {"name": "per-layer", "default": "exact", "strategies": strategies}
+    return Config.build(
+        {**{key: getattr(config, key) for key in Config.model_fields}, "strategy": layered, "layers": "all"}
+    )
+
+
+def _nests(strategy: BaseStrategy) -> bool:
+    return type(strategy).acts_on is BaseStrategy.acts_on  # one that chooses phases must stay outermost
 
 
 def _remembers(setting: Any) -> bool:

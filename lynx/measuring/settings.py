@@ -10,6 +10,7 @@ import yaml
 
 from lynx.config import Config, load_config, resolve_config
 from lynx.errors import ConfigError
+from lynx.layers import LayerFilter
 
 EXACT: dict[str, Any] = {"name": "exact"}
 _SWEEP_VALUES = 7
@@ -23,6 +24,8 @@ def parse_setting(text: str) -> Config:
     """
     if Path(text).suffix in (".yaml", ".yml", ".json"):
         return load_config(text)
+    if not text.strip():
+        raise ConfigError("a setting is `NAME option=value ...`, for instance `batch-union top=2`; this one is empty.")
     name, *pairs = text.split()
     return resolve_config(name, dict(_pair(pair) for pair in pairs))
 
@@ -46,6 +49,9 @@ def describe(setting: Config) -> str:
     """Name a setting in one phrase, as tables show it."""
     options = setting.strategy.model_dump(mode="json", exclude_defaults=True)
     words = [f"{key}={value}" for key, value in options.items() if key != "name"]
+    if isinstance(setting.layers, LayerFilter):
+        chosen = {key: list(keys) for key, keys in setting.layers if keys}
+        words.append(f"layers={chosen}")
     return " ".join([setting.strategy.name, *words])
 
 
@@ -72,7 +78,10 @@ def _pair(text: str) -> tuple[str, Any]:
     option, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"{text!r} is no option; write `NAME option=value`, for instance `batch-union top=2`.")
-    return option, yaml.safe_load(value)
+    try:
+        return option, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {text!r} is not understood: {error}") from error
 
 
 def _values(span: str, given: str) -> list[float]:

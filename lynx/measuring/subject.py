@@ -28,6 +28,7 @@ class Subject:
         pad_id: What rows are filled up with.
         stop_ids: Tokens that end a text; the first is put behind continuations that are whole.
         template: Turns a conversation into the prompt of its next answer; None for models without a chat template.
+        begin: Tokens that a text of this model begins with; a chat template brings its own.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Subject:
     pad_id: int
     stop_ids: tuple[int, ...]
     template: Callable[[Messages], str] | None = None
+    begin: tuple[int, ...] = ()
 
 
 def load_subject(source: str, text: bool = True, device: str | None = None, dtype: str = "auto") -> Subject:
@@ -45,7 +47,7 @@ def load_subject(source: str, text: bool = True, device: str | None = None, dtyp
     Args:
         source: ``reference`` for the packaged model, a folder, or a name in the local cache of transformers.
         text: Whether text will be turned into tokens; if not, there need be no tokenizer.
-        device: Where the model goes; None to leave it where it is loaded.
+        device: Where the model goes; None for a GPU, where there is one.
         dtype: Of the weights; ``auto`` for that of the file.
 
     Raises:
@@ -102,6 +104,7 @@ def subject_of(model: Any, tokenizer: Any, name: str = "") -> Subject:
         pad,
         stop_ids,
         template if getattr(tokenizer, "chat_template", None) else None,
+        tuple(token for token in tokenizer("").input_ids if token not in stop_ids),
     )
 
 
@@ -124,9 +127,9 @@ def _dtype(name: str) -> Any:
     return known.get(name, name)
 
 
-def _device(name: str | None) -> torch.device | None:
+def _device(name: str | None) -> torch.device:
     if name is None:
-        return None
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

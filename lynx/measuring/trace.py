@@ -147,7 +147,7 @@ def record(
     sequences, order = _laid_out(used, columns, prompts)
     recorder = Recorder(prompts=prompts)
     origins = {
-        **origin(),
+        **origin(subject.model),
         "model": subject.name,
         "data": examples_hash(examples),
         "examples": len(used),

@@ -29,7 +29,7 @@ def _markdown(tuned: Tuned, plot: Path | None) -> str:
         parts += [
             _verdict(tuned.chosen),
             _layers(tuned.chosen),
-            "What was tried on the way, on text that no setting was chosen by:",
+            "What was tried on the way, on the half of the text that verifies:",
         ]
     parts += [_trials(tuned.trials)]
     if plot is not None:

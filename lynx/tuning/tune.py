@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,9 +137,12 @@ def tune(
     first, second = split(examples, effort.share, effort.seed)
     choosing, verifying = (protocol.batches(part, subject.pad_id) for part in (first, second))
     layers = len(discover(subject.model).layers)
+    if weights is not None and len(weights) != layers:
+        raise ConfigError(f"the latency model has {len(weights)} layers, {subject.name} has {layers} MoE layers.")
     offered = candidates(effort.candidates)
     of = {
-        "model": subject.name,
+        "model": [subject.name, fingerprint(subject.model)],
+        "versions": [origin(subject.model)[name] for name in ("lynx", "torch", "transformers", "device", "dtype")],
         "data": examples_hash(first),
         "batches": [protocol.batch, protocol.columns, protocol.mix, list(protocol.seeds), protocol.most_batches],
         "candidates": offered,
@@ -152,11 +156,12 @@ def tune(
     everywhere = [resolve_config(strategy, {}) for strategy in _uniform(offered)]
     uniform = measure(subject.model, verifying, everywhere, lambda: advance("the same in every layer"))
     conditions = {
-        **origin(),
+        **origin(subject.model),
         "model": subject.name,
         "data": examples_hash(examples),
         "examples_choosing": len(first),
         "examples_verifying": len(second),
+        "questions": verify.asked,
         "batches_choosing": len(choosing),
         "batches_verifying": len(verifying),
         "batch": protocol.batch,
@@ -165,6 +170,15 @@ def tune(
         "seed": effort.seed,
     }
     return Tuned(goal, chosen, tuple(trials), tuple(path), tuple(uniform), conditions)
+
+
+def fingerprint(model: Any) -> str:
+    """Return a hash of a few of every parameter's values: other weights are another model, whatever it is called."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)][:16]
+        digest.update(f"{name} {tuple(parameter.shape)} {some.float().cpu().tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 def rounds(subject: Subject, examples: Sequence[Example], protocol: Protocol, effort: Effort) -> int:
@@ -192,6 +206,17 @@ class _Verify:
         self._seconds, self._advance = seconds, advance
         self._asked = questions(examples, protocol.questions) if protocol.questions else []
         self._exact = self._answers(EXACT)
+        if goal.kind == "max-drop" and self._exact is not None and self._exact.value <= goal.value:
+            raise ConfigError(
+                f"the model answers {self._exact.value:.1%} of {len(self._asked)} questions, so that no setting could "
+                f"lose more than {goal.value:.1%}; ask more, allow longer answers (--max-new-tokens), or see how "
+                "answers are checked."
+            )
+
+    @property
+    def asked(self) -> int:
+        """How many questions there were to ask."""
+        return len(self._asked)
 
     def __call__(self, allocation: Allocation) -> Trial:
         config = allocation.config

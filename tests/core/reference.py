@@ -122,11 +122,11 @@ def pooled(batch, least, power):
     """Those whose masses, as a norm over open tokens, reach `least`."""
     kept = set()
     for e in batch.wanted():
-        votes = (batch.mass(t, e) ** power * batch.priority[t] for t in batch.rows(OPEN) if e in batch.own(t))
-        total = sum(votes)
-        if least > 0 and abs(total - least**power) < 1e-6:
+        rows = [t for t in batch.rows(OPEN) if e in batch.own(t)]
+        total = sum(min(batch.mass(t, e) / least, 1.0) ** power * batch.priority[t] for t in rows) if least else 1.0
+        if least and abs(total - 1.0) < 1e-5:
             raise Ambiguous
-        if total >= least**power:
+        if total >= 1.0:
             kept.add(e)
     return kept
 

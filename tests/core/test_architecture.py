@@ -207,6 +207,7 @@ def test_the_public_names():
         "LayerInfo",
         "LynxError",
         "LynxWarning",
+        "MeasureError",
         "MoELayer",
         "MoESpec",
         "Phase",

@@ -1,5 +1,6 @@
 """What settings cost, measured on the reference model."""
 
+import copy
 import json
 import math
 
@@ -158,6 +159,9 @@ def test_settings_as_they_are_written(tmp_path):
     path = tmp_path / "lynx.yaml"
     SETTINGS[0].save(path)
     assert parse_setting(str(path)) == SETTINGS[0]
+    for wrong, words in (("", "is empty"), ("batch-union top=[", "is not understood")):
+        with pytest.raises(ConfigError, match=words):
+            parse_setting(wrong)
     with pytest.raises(ConfigError, match="'top' is no option"):
         parse_setting("batch-union top")
     with pytest.raises(ConfigError, match="batch-union"):
@@ -224,3 +228,30 @@ def test_the_command(capsys, tmp_path):
 def test_misuse_is_told(arguments, words, capsys):
     run(*arguments, code=2)
     assert words in capsys.readouterr().err
+
+
+def test_a_text_that_was_measured_twice_counts_once(subject):
+    once = [*forced_batches(reference_examples(), 4, 8, subject.pad_id)][:2]
+    (single,) = measure(subject.model, once, [SETTINGS[0]])
+    (double,) = measure(subject.model, [*once, *once], [SETTINGS[0]])
+    assert double.mean("kl") == single.mean("kl")
+    assert double.rise == single.rise
+
+
+def test_layers_that_are_left_out_count_as_exact(subject):
+    """Else a setting in one layer would look like one in all."""
+    config = lynx.Config.build({**SETTINGS[0].dump(), "layers": {"include": [1]}})
+    (batch, *_) = forced_batches(reference_examples(), 4, 8, subject.pad_id)
+    (quality,) = measure(subject.model, [batch], [config])
+    before, after = quality.active("before"), quality.active()
+    assert len(after) == 4
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, True, True]
+    assert describe(config) == "batch-union top=1 layers={'include': [1]}"
+
+
+def test_scores_that_are_not_finite_are_told(subject):
+    broken = copy.deepcopy(subject.model)
+    broken.lm_head.weight.data[3] = float("nan")
+    (batch, *_) = forced_batches(reference_examples(), 4, 8, subject.pad_id)
+    with pytest.raises(lynx.LynxError, match="not finite"):
+        measure(broken, [batch], [SETTINGS[0]])

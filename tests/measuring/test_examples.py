@@ -149,3 +149,22 @@ def test_rows_are_aligned_where_continuations_start():
     # what the first continuation token predicts is scored, and what the prompt predicts is not
     assert batch.scored.tolist() == [[False, False, False, True], [False] * 4]
     assert batch.positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]]
+
+
+def test_what_texts_begin_with_is_put_before_them(tmp_path):
+    """As by tokenizers that add a token; a chat template brings its own."""
+    begun = Subject("toy", None, encode, str, PAD, (STOP,), template, (7,))
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = lines(tmp_path, {"prompt": "ab", "continuation": "c"}, {"text": "abcdef"}, {"messages": talk})
+    asked, text, spoken = read_examples(path, begun, window=6)
+    assert asked.prompt == (7, 97, 98)
+    assert (text.prompt, text.continuation) == ((7, 97, 98, 99), (100, 101, 102))
+    assert spoken.prompt[0] == ord("<")
+
+
+def test_batches_say_which_texts_they_hold():
+    examples = [example("a", n) for n in range(8)]
+    batches = [*forced_batches(examples, 4, 3, PAD), *forced_batches(examples, 4, 3, PAD, seed=1)]
+    for batch in batches:
+        assert [examples[place].prompt[0] for place in batch.examples] == batch.ids[:, 0].tolist()
+    assert sorted(place for batch in batches for place in batch.examples) == sorted([*range(8)] * 2)

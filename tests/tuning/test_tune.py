@@ -1,5 +1,6 @@
 """Tuning the reference model, on few tokens: what is written, what goes on, what is refused."""
 
+import copy
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from lynx.measuring.subject import load_subject
 from lynx.tuning import sensitivity
 from lynx.tuning.goal import Goal
 from lynx.tuning.report import write_report
-from lynx.tuning.tune import Effort, rounds, tune
+from lynx.tuning.tune import Effort, fingerprint, rounds, tune
 
 SMALL = Protocol(batch=4, columns=8, most_batches=1)
 EFFORT = Effort(candidates=3, rounds=3)
@@ -104,6 +105,22 @@ def test_goals_need_what_they_are_about(subject):
         tune_small(subject, Goal("max-drop", 0.01), None)
     with pytest.raises(ConfigError, match="needs a latency model"):
         tune_small(subject, Goal("target-tpot", 0.01), None)
+    with pytest.raises(ConfigError, match="has 3 layers, reference has 4 MoE layers"):
+        tune_small(subject, Goal("target-tpot", 0.01), None, seconds=sum, weights=[1.0] * 3)
+
+
+def test_a_drop_of_nothing_is_no_limit(subject):
+    """Where the model answers nothing, every setting would pass."""
+    asking = Protocol(batch=4, columns=8, most_batches=1, questions=4, max_new_tokens=1)
+    with pytest.raises(ConfigError, match=r"the model answers 0\.0% of 4 questions"):
+        tune_small(subject, Goal("max-drop", 0.01), None, asking)
+
+
+def test_other_weights_are_another_model(subject):
+    other = copy.deepcopy(subject.model)
+    assert fingerprint(other) == fingerprint(subject.model)
+    other.lm_head.weight.data.neg_()
+    assert fingerprint(other) != fingerprint(subject.model)
 
 
 def test_a_latency_model_turns_experts_into_time(subject, kept, tuned):
@@ -155,6 +172,10 @@ def test_a_time_is_asked_for_by_a_latency_model(tmp_path, capsys):
     evidence = json.loads(capsys.readouterr().out)["config"]["evidence"]
     assert evidence["goal"] == "at most 0.008 s per output token"
     assert 0.005 < evidence["predicted_seconds_per_token"] <= 0.008
+    other = tmp_path / "other.json"
+    other.write_text(model.read_text().replace('"reference"', '"another"'))
+    run("reference", "--target-tpot", "8.0", "--latency", str(other), *small, "--out", str(out), code=2)
+    assert "the latency model is of 'another', not of 'reference'" in capsys.readouterr().err
     small[1] = "8"
     run("reference", "--target-tpot", "8.0", "--latency", str(model), *small, "--out", str(out), code=2)
     assert "batches of 8 were not timed" in capsys.readouterr().err
