@@ -124,7 +124,7 @@ def test_it_is_found_and_used_by_name(run):
     assert told["module"] == "lynx_coin"
     assert told["broken"] == []
     assert told["built-ins"] == len(lynx_strategies())
-    assert told["options"] == {"name": "coin", "protect": 1, "refill": "re-pick", "heads": 3}
+    assert told["options"] == {"name": "coin", "protect": 1, "refill": "re-pick", "floor": 0.0, "heads": 3}
     assert told["default"] == 2
     assert told["nested"] == 5
     assert told["round trip"] is True
