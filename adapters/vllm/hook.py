@@ -103,6 +103,7 @@ def _say_once(reason: str) -> None:
 
 
 _said: set[str] = set()
+
 hooks: list[Hook | None] = []
 """All hooks of this process, by the number that the op carries."""
 

@@ -20,8 +20,17 @@ app = typer.Typer(
     add_completion=False,
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output instead of a table.")]
-
-
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--strategy", help="'NAME option=value ...', or a configuration file. May be given again."),
+]
+Ranges = Annotated[
+    list[str] | None, typer.Option("--sweep", help="An option to go through, option=from:to or option=from:to:count.")
+]
+Similar = Annotated[bool, typer.Option("--similar", help="Batches of one domain each, not mixed.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How often batches are formed anew.")]
+Batches = Annotated[int | None, typer.Option("--batches", min=1, help="Most batches of a seed.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest generated answer.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32; auto for the file's.")]
 
@@ -103,24 +112,18 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option("--data", help="Text to measure on: .jsonl with one example a line, or plain text.")
     ] = None,
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option("--strategy", help="'NAME option=value ...', or a configuration file. May be given again."),
-    ] = None,
-    ranges: Annotated[
-        list[str] | None,
-        typer.Option("--sweep", help="An option to go through, option=from:to or option=from:to:count."),
-    ] = None,
+    strategy: Settings = None,
+    ranges: Ranges = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences of a decode batch.")] = 16,
     columns: Annotated[int, typer.Option("--columns", min=2, help="Decode steps of each batch.")] = 64,
-    similar: Annotated[bool, typer.Option("--similar", help="Batches of one domain each, not mixed.")] = False,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often batches are formed anew.")] = 3,
-    batches: Annotated[int | None, typer.Option("--batches", min=1, help="Most batches of a seed.")] = None,
+    similar: Similar = False,
+    seeds: Seeds = 3,
+    batches: Batches = None,
     stress: Annotated[bool, typer.Option("--stress", help="Put prompts under the setting, too.")] = False,
     questions: Annotated[
         int, typer.Option("--questions", min=0, help="Examples with an answer to generate for, in true batches.")
     ] = 0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest generated answer.")] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -167,21 +170,15 @@ def trace(
 @app.command()
 def simulate(
     trace: Annotated[Path, typer.Argument(help="File that `lynx trace` wrote.")],
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option("--strategy", help="'NAME option=value ...', or a configuration file. May be given again."),
-    ] = None,
-    ranges: Annotated[
-        list[str] | None,
-        typer.Option("--sweep", help="An option to go through, option=from:to or option=from:to:count."),
-    ] = None,
+    strategy: Settings = None,
+    ranges: Ranges = None,
     batch: Annotated[str, typer.Option("--batch", help="Sequences of a decode batch; several as 4,8,16.")] = "16",
     columns: Annotated[
         int | None, typer.Option("--columns", min=1, help="Decode steps of each batch; as many as were recorded.")
     ] = None,
-    similar: Annotated[bool, typer.Option("--similar", help="Batches of one domain each, not mixed.")] = False,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often batches are formed anew.")] = 3,
-    batches: Annotated[int | None, typer.Option("--batches", min=1, help="Most batches of a seed.")] = None,
+    similar: Similar = False,
+    seeds: Seeds = 3,
+    batches: Batches = None,
     stress: Annotated[bool, typer.Option("--stress", help="Put prompts under the setting, too.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer, too.")] = False,
     as_json: AsJson = False,
@@ -210,20 +207,14 @@ def bench(
     data: Annotated[
         Path | None, typer.Option("--data", help="Text to time on: .jsonl or plain text; random tokens without it.")
     ] = None,
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option("--strategy", help="'NAME option=value ...', or a configuration file. May be given again."),
-    ] = None,
-    ranges: Annotated[
-        list[str] | None,
-        typer.Option("--sweep", help="An option to go through, option=from:to or option=from:to:count."),
-    ] = None,
+    strategy: Settings = None,
+    ranges: Ranges = None,
     batch: Annotated[str, typer.Option("--batch", help="Sequences of a decode batch, as 1,4,16.")] = "1,4,16",
     rounds: Annotated[int, typer.Option("--rounds", min=3, help="Interleaved rounds of measurement.")] = 9,
     experts: Annotated[
         Experts, typer.Option("--experts", help="What runs the experts under Lynx; auto leaves it to each setting.")
     ] = Experts.auto,
-    similar: Annotated[bool, typer.Option("--similar", help="Batches of one domain each, not mixed.")] = False,
+    similar: Similar = False,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens in the cache, where they are random.")] = 128,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -273,12 +264,12 @@ def tune(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=2, help="Sequences of a decode batch.")] = 16,
     columns: Annotated[int, typer.Option("--columns", min=2, help="Decode steps of each batch.")] = 64,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often batches are formed anew.")] = 2,
-    batches: Annotated[int | None, typer.Option("--batches", min=1, help="Most batches of a seed.")] = None,
+    seeds: Seeds = 2,
+    batches: Batches = None,
     questions: Annotated[
         int, typer.Option("--questions", min=0, help="Examples with an answer to verify with, in true batches.")
     ] = 0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest generated answer.")] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     candidates: Annotated[int, typer.Option("--candidates", min=0, help="Settings to try in a layer; 0 for all.")] = 0,
     out: Annotated[Path, typer.Option("--out", help="Where the configuration goes, with its report beside it.")] = Path(
         "lynx.yaml"

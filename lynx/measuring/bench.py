@@ -17,7 +17,7 @@ from lynx.measuring.contenders import Contender, Experts, Measured, contenders, 
 from lynx.measuring.decode import DecodeSteps, random_batch
 from lynx.measuring.examples import Example, examples_hash
 from lynx.measuring.latency import BatchLatency, LatencyModel
-from lynx.measuring.origin import cache_bytes, origin, processor
+from lynx.measuring.origin import cache_bytes, origin
 from lynx.measuring.subject import Subject
 from lynx.measuring.times import TimedRow, latency_of, observe, timed_rows
 from lynx.measuring.verdict import Verdict, judge
@@ -193,12 +193,9 @@ def _conditions(
     layers: Sequence[FoundLayer],
     clock: StepClock,
 ) -> dict[str, Any]:
-    device = subject.model.device
     return {
         **origin(subject.model),
-        "device": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "model": subject.name,
-        "dtype": str(subject.model.dtype).removeprefix("torch."),
         "layers": len(layers),
         "experts_bytes": sum(layer.info.num_experts * layer.info.expert_bytes for layer in layers),
         "timed_layer": clock.contents(),

@@ -161,14 +161,13 @@ def _all(subject: Subject, settings: Sequence[Config]) -> list[Config]:
 
 
 def _row(setting: Config, quality: Quality, control: bool, answers: Estimate | None) -> Row:
-    before, after = quality.active("before"), quality.active()
     return Row(
         setting=setting.dump(),
         label=describe(setting),
         control=control,
-        active_before=sum(before) / len(before),
-        active_after=sum(after) / len(after),
-        layers=tuple(after),
+        active_before=quality.active_mean("before"),
+        active_after=quality.active_mean(),
+        layers=tuple(quality.active()),
         kept_mass_mean=quality.kept_mass_mean,
         kept_mass_worst=quality.kept_mass_worst,
         kl=quality.mean("kl"),

@@ -73,6 +73,10 @@ class Quality:
         """Mean active experts per decode step of each layer, ``before`` or ``after`` selection."""
         return [_mean(reports, f"active_{when}", "steps") for reports in zip(*self.layers, strict=True)]
 
+    def active_mean(self, when: str = "after") -> float:
+        """Mean active experts per layer and decode step, ``before`` or ``after`` selection."""
+        return math.fsum(self.active(when)) / len(self.active(when))
+
     @property
     def share(self) -> float:
         """Active experts after selection by those before, over all layers."""
@@ -107,27 +111,26 @@ def measure(
         advance: Called after each batch and setting.
         stress: Put the prompts under the policy, too.
     """
-    qualities = [Quality(setting) for setting in settings]
+    pairs = [(_in_all_layers(model, setting), Quality(setting)) for setting in settings]
     # one that remembers steps must see all batches; the others share what was read of each
-    learning = [quality for quality in qualities if _remembers(quality.setting)]
-    texts = list(batches) if learning else batches
-    attached = {id(quality): _in_all_layers(model, quality.setting) for quality in qualities}
-    for batch in texts:
+    learning = [pair for pair in pairs if pair[0].strategy.remembers()]
+    plain = [pair for pair in pairs if not pair[0].strategy.remembers()]
+    texts = list(batches)
+    for batch in texts if plain else ():
         prompt = Prompted(model, batch, stress)
-        for quality in qualities:
-            if not any(quality is other for other in learning):
-                with attach(model, attached[id(quality)]) as handle:
-                    prompt.score(quality, handle)
-                advance()
-    for quality in learning:
-        with attach(model, attached[id(quality)]) as handle:
+        for config, quality in plain:
+            with attach(model, config) as handle:
+                prompt.score(quality, handle)
+            advance()
+    for config, quality in learning:
+        with attach(model, config) as handle:
             for batch in texts:
                 with handle.paused():
                     prompt = Prompted(model, batch, stress)
                 prompt.score(quality, handle)
                 handle.reset()  # the counters; what a strategy has learnt stays
                 advance()
-    return qualities
+    return [quality for _, quality in pairs]
 
 
 class Prompted:
@@ -175,7 +178,10 @@ class Prompted:
             getattr(quality, name).extend(per_row.index_add(0, rows, values.double()).tolist())
         quality.examples.extend(batch.examples)
         if not all(map(math.isfinite, quality.kl)):
-            raise MeasureError("the KL is not finite: the model gives out infinite or undefined scores on this text.")
+            raise MeasureError(
+                "the KL is not finite: the model gives out infinite or undefined scores on this text; try a wider "
+                "dtype, or leave out the text on which it does."
+            )
 
     def _log_probs(self) -> Tensor:
         """``(N, V)`` log-probabilities at the scored places."""
@@ -192,7 +198,7 @@ class Prompted:
         return torch.log_softmax(logits[:, :-1][batch.scored[:, rest]].float(), dim=-1)
 
 
-def _in_all_layers(model: Any, setting: Any) -> Any:
+def _in_all_layers(model: Any, setting: Any) -> Config:
     """The same with layers that are left out attached and exact, so that they are counted, too."""
     config = resolve_config(setting, {})
     if not isinstance(config.layers, LayerFilter) or not _nests(config.strategy):
@@ -207,10 +213,6 @@ def _in_all_layers(model: Any, setting: Any) -> Any:
 
 def _nests(strategy: BaseStrategy) -> bool:
     return type(strategy).acts_on is BaseStrategy.acts_on  # one that chooses phases must stay outermost
-
-
-def _remembers(setting: Any) -> bool:
-    return resolve_config(setting, {}).strategy.remembers()
 
 
 def _mean(reports: Sequence[PhaseReport], name: str, weight: str) -> float:

@@ -43,7 +43,7 @@ def _markdown(tuned: Tuned, plot: Path | None) -> str:
 
 
 def _verdict(trial: Trial) -> str:
-    active, before = (sum(trial.quality.active(when)) / len(trial.quality.active()) for when in ("after", "before"))
+    active, before = trial.quality.active_mean(), trial.quality.active_mean("before")
     words = [
         f"Verified: {active:.1f} of {before:.1f} active experts ({trial.quality.share:.0%})",
         f"KL {_figure(trial.kl)} nats per token",

@@ -89,8 +89,8 @@ class Tuned:
             "kl": asdict(trial.kl),
             "loss_rise": asdict(trial.quality.rise),
             "top1_agreement": asdict(trial.quality.mean("agree")),
-            "active_experts": round(sum(trial.quality.active()) / len(trial.quality.active()), 3),
-            "active_experts_before": round(sum(trial.quality.active("before")) / len(trial.quality.active()), 3),
+            "active_experts": round(trial.quality.active_mean(), 3),
+            "active_experts_before": round(trial.quality.active_mean("before"), 3),
             "kept_mass_worst": round(trial.quality.kept_mass_worst, 4),
             "predicted_kl": trial.allocation.loss,
         }
