@@ -29,6 +29,7 @@ _HOME = {
     "Selection": "lynx.functional",
     "SelectionStrategy": "lynx.strategy",
     "MeasureError": "lynx.errors",
+    "StandIns": "lynx.standins",
     "StrategyError": "lynx.errors",
     "UnsupportedModelError": "lynx.errors",
     "WeightRule": "lynx.routing",
@@ -66,6 +67,7 @@ __all__ = [
     "Routing",
     "Selection",
     "SelectionStrategy",
+    "StandIns",
     "StrategyError",
     "UnsupportedModelError",
     "WeightRule",
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
     from lynx.report import Report
     from lynx.routing import Phase, Role, Routing, WeightRule
     from lynx.rows import step
+    from lynx.standins import StandIns
     from lynx.strategy import Keep, Knob, LayerInfo, SelectionStrategy, Wrapper
 
 

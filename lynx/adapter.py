@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
 
 from lynx.strategy import LayerInfo
 
@@ -48,6 +50,50 @@ class Discovery:
     looked_for: str
     experts: str = ""
     notes: tuple[str, ...] = ()
+
+
+class Listening(Protocol):
+    """What ends when it is removed, such as a hook of torch."""
+
+    def remove(self) -> None:
+        """End it."""
+        ...
+
+
+class LayerExperts(Protocol):
+    """The experts of one layer by themselves: to be known again, to be run, and to be listened to."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Return their weights, in an order that is always the same."""
+        ...
+
+    def run(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Return what one expert for each row makes of it: ``(N, H)`` by ids ``(N,)`` to ``(N, H)``, not weighted."""
+        ...
+
+    def listen(self, heard: Callable[[Tensor, Tensor, Tensor], None]) -> Listening:
+        """Call a function in every forward of the model, until that is removed.
+
+        Args:
+            heard: Gets what the experts are given: hidden states ``(T, H)``, and the router's own ids and weights
+                ``(T, k)``.
+        """
+        ...
+
+
+class HoldsExperts(Protocol):
+    """An adapter with stand-ins: in addition to :class:`Adapter`, and optional.
+
+    Its installations add what stand-ins answer to what the experts give, with the `standins` of each layer's selection.
+    """
+
+    def experts_of(self, model: Any, layer: FoundLayer) -> LayerExperts:
+        """Return the experts of a layer.
+
+        Raises:
+            UnsupportedModelError: They cannot be had; says why.
+        """
+        ...
 
 
 class Installation(Protocol):

@@ -15,6 +15,7 @@ from lynx.errors import AttachError, ConfigError, LynxWarning, PluginError, Unsu
 from lynx.handle import Handle
 from lynx.layers import LayerFilter, MoESpec
 from lynx.log import logger
+from lynx.matching import standins_for
 from lynx.plugins import registry
 from lynx.selection import LayerSelection
 
@@ -58,7 +59,11 @@ def attach(model: nn.Module, strategy: Any = None, /, **options: Any) -> Handle:
     config = resolve_config(strategy, dict(options))
     discovery = discover(model, config.layers if isinstance(config.layers, MoESpec) else None)
     layers = _chosen(discovery, config)
-    selections = [(layer, LayerSelection(layer.info, config.strategy, config.min_tokens)) for layer in layers]
+    standins = standins_for(discovery.adapter, model, layers, config)
+    selections = [
+        (layer, LayerSelection(layer.info, config.strategy, config.min_tokens, answers))
+        for layer, answers in zip(layers, standins, strict=True)
+    ]
     previous = _handles.get(model)
     replaced = previous.installation if previous is not None else None
     installation = discovery.adapter.prepare(model, config, selections, replaced)

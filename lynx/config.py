@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from lynx.errors import ConfigError, did_you_mean
 from lynx.layers import LayerFilter, MoESpec
 from lynx.plugins import registry
+from lynx.standins import StandIns, read_standins_option
 from lynx.strategy import BaseStrategy
 from lynx.validation import Options
 
@@ -64,6 +65,8 @@ class Config(Options):
         max_decode_q: Longest step on a filled cache that counts as decode, in tokens per sequence.
         layers: ``all``, include / exclude lists, or what hand-written MoE blocks are made of (:class:`MoESpec`).
         experts: Which implementation runs the experts: the ``model``'s own, ``lynx``'s, or ``auto`` to choose.
+        standins: What answers for lost slots: a file that ``lynx calibrate`` wrote, or its options
+            (:class:`lynx.StandIns`); None for re-picking.
         evidence: What the setting rests on, as ``lynx tune`` writes it; nothing reads it.
     """
 
@@ -72,6 +75,7 @@ class Config(Options):
     max_decode_q: int = Field(1, ge=1)
     layers: Annotated[Literal["all"] | SerializeAsAny[LayerFilter], BeforeValidator(_layers)] = "all"
     experts: Literal["auto", "model", "lynx"] = "auto"
+    standins: Annotated[StandIns | None, BeforeValidator(read_standins_option)] = None
     evidence: dict[str, Any] | None = None
 
     @classmethod
@@ -82,12 +86,18 @@ class Config(Options):
     def dump(self) -> dict[str, Any]:
         """Return plain data that :func:`load_config` turns back into an equal config."""
         data = self.model_dump(mode="json")
-        return data if self.evidence is not None else {key: data[key] for key in data if key != "evidence"}
+        unset = {key for key in ("standins", "evidence") if data[key] is None}
+        return {key: value for key, value in data.items() if key not in unset}
 
     def save(self, path: str | Path) -> None:
         """Write the config as YAML, or as JSON if the file is called ``*.json``."""
         path = Path(path)
         data = self.dump()
+        if self.standins is not None:  # a file's paths are read from where it stands
+            folder = path.parent.resolve()
+            standins = self.standins.file.resolve()
+            inside = standins.is_relative_to(folder)
+            data["standins"]["file"] = (standins.relative_to(folder) if inside else standins).as_posix()
         text = json.dumps(data, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
         path.write_text(text, encoding="utf-8")
 
@@ -118,7 +128,10 @@ def load_config(source: str | Path | Mapping[str, Any] | Config) -> Config:
     if not isinstance(data, dict):
         raise ConfigError(f"{str(path)!r} must hold a mapping with the key `strategy`; it holds {type(data).__name__}.")
     try:
-        return Config.build(data)
+        config = Config.build(data)
+        if config.standins is None:
+            return config
+        return config.model_copy(update={"standins": config.standins.beside(path.parent)})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error.__cause__
 

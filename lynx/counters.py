@@ -44,6 +44,8 @@ class PhaseCounts:
         unsound_rows: Rows left exact because a score was not finite.
         kept_mass: Sum over OPEN rows of the share of their own mass that was kept.
         kept_mass_worst: The smallest such share of any OPEN row, 1 if there was none.
+        answered_mass: Sum over OPEN rows of the share of their own mass that stand-ins answered for.
+        answered_mass_most: The largest such share of any OPEN row.
     """
 
     steps: int
@@ -59,6 +61,8 @@ class PhaseCounts:
     unsound_rows: int
     kept_mass: float
     kept_mass_worst: float
+    answered_mass: float = 0.0
+    answered_mass_most: float = 0.0
 
 
 class Counters:
@@ -72,6 +76,7 @@ class Counters:
         self._counts: Tensor | None = None
         self._mass: Tensor | None = None
         self._worst: Tensor | None = None
+        self._answered: Tensor | None = None
 
     @torch.no_grad()
     def add(self, routing: Routing, result: Rerouted | None, unsound: Tensor, failed: bool) -> None:
@@ -110,16 +115,33 @@ class Counters:
             worst = share.masked_fill(~counted, 1.0).amin(-1).reshape(-1, len(Phase)).amin(0)
             worsts.copy_(torch.minimum(worsts, worst))
 
+    @torch.no_grad()
+    def add_answered(self, routing: Routing, result: Rerouted) -> None:
+        """Count what stand-ins answered for in one batch; no host synchronisation."""
+        self.on(routing.ids.device)
+        assert self._answered is not None
+        assert result.answered is not None
+        share = routing.slot_mass.masked_fill(result.answered == 0, 0.0).sum(-1).nan_to_num(0.0).unsqueeze(-2)
+        in_phase = torch.stack([routing.phase == int(phase) for phase in Phase], dim=-2)
+        share = share.masked_fill(~in_phase, 0.0).double()  # (..., 2, T)
+        self._answered[0] += share.sum(-1).reshape(-1, len(Phase)).sum(0)
+        if share.numel():
+            most = share.amax(-1).reshape(-1, len(Phase)).amax(0)
+            self._answered[1].copy_(torch.maximum(self._answered[1], most))
+
     def read(self) -> dict[Phase, PhaseCounts]:
         """Copy the counters to the host; the only place that waits for the device."""
-        if self._counts is None or self._mass is None or self._worst is None:
-            return {phase: _counts([0] * len(_FIELDS), 0.0, 1.0) for phase in Phase}
+        if self._counts is None or self._mass is None or self._worst is None or self._answered is None:
+            return {phase: _counts([0] * len(_FIELDS), 0.0, 1.0, [0.0, 0.0]) for phase in Phase}
         counts, mass, worst = self._counts.tolist(), self._mass.tolist(), self._worst.tolist()
-        return {phase: _counts(counts[phase], mass[phase], worst[phase]) for phase in Phase}
+        answered = self._answered.T.tolist()
+        return {phase: _counts(counts[phase], mass[phase], worst[phase], answered[phase]) for phase in Phase}
 
     def reset(self) -> None:
         """Set everything to zero, in place."""
         self.failures = 0
+        if self._answered is not None:
+            self._answered.zero_()
         if self._counts is not None and self._mass is not None and self._worst is not None:
             self._counts.zero_()
             self._mass.zero_()
@@ -145,6 +167,7 @@ class Counters:
             self._counts = torch.zeros(len(Phase), len(_FIELDS), dtype=torch.int64, device=device)
             self._mass = torch.zeros(len(Phase), dtype=torch.float64, device=device)
             self._worst = torch.ones(len(Phase), dtype=torch.float32, device=device)
+            self._answered = torch.zeros(2, len(Phase), dtype=torch.float64, device=device)  # sums, and the most
 
 
 def as_tensors_name(device: torch.device) -> torch.device:
@@ -154,9 +177,11 @@ def as_tensors_name(device: torch.device) -> torch.device:
     return device
 
 
-def _counts(columns: list[int], mass: float, worst: float) -> PhaseCounts:
+def _counts(columns: list[int], mass: float, worst: float, answered: list[float]) -> PhaseCounts:
     named: dict[str, Any] = dict(zip(_FIELDS, columns, strict=True))
-    return PhaseCounts(**named, kept_mass=mass, kept_mass_worst=worst)
+    return PhaseCounts(
+        **named, kept_mass=mass, kept_mass_worst=worst, answered_mass=answered[0], answered_mass_most=answered[1]
+    )
 
 
 def _active(routing: Routing, result: Rerouted | None, rows: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BUILT_IN = "lynx-moe"
 _BUILT_IN_PLUGINS = ("lynx.strategies", "lynx.adapters")
 _ADAPTER_PARTS = ("recognises", "discover", "prepare")
-_RESERVED_OPTIONS = frozenset({"strategy", "min_tokens", "max_decode_q", "layers", "experts", "evidence"})
+_RESERVED_OPTIONS = frozenset({"strategy", "min_tokens", "max_decode_q", "layers", "experts", "evidence", "standins"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ class PhaseReport:
         open_active_after: The same over OPEN rows alone, after selection.
         kept_mass_mean: Mean share of an OPEN token's own weight that was kept; None without OPEN rows.
         kept_mass_worst: The worst token's share; None without OPEN rows.
+        answered_mass_mean: Mean share of an OPEN token's own weight that stand-ins answered for; None without such.
+        answered_mass_most: The largest such share of any token; None without OPEN rows.
         rows_changed: Tokens that lost at least one expert.
         unsound_rows: Tokens left exact because a score was not finite.
         expert_bytes_before: Mean bytes of the weights of those experts, as the model routed; in the total, of all
@@ -51,6 +53,8 @@ class PhaseReport:
     open_active_after: float
     kept_mass_mean: float | None
     kept_mass_worst: float | None
+    answered_mass_mean: float | None
+    answered_mass_most: float | None
     rows_changed: int
     unsound_rows: int
     expert_bytes_before: float
@@ -173,6 +177,8 @@ def _phase(parts: list[tuple[LayerInfo, PhaseCounts]]) -> PhaseReport:
         open_active_after=mean("open_active_after"),
         kept_mass_mean=sum(part.kept_mass for part in counts) / open_rows if open_rows else None,
         kept_mass_worst=min(part.kept_mass_worst for part in counts) if open_rows else None,
+        answered_mass_mean=sum(part.answered_mass for part in counts) / open_rows if open_rows else None,
+        answered_mass_most=max(part.answered_mass_most for part in counts) if open_rows else None,
         rows_changed=sum(part.rows_changed for part in counts),
         unsound_rows=sum(part.unsound_rows for part in counts),
         expert_bytes_before=read("active_before"),

@@ -30,6 +30,7 @@ class Rerouted:
         own_weights: ``(T, k)``: the router's own weights.
         plan: The execution plan of the new ids and weights (see :class:`lynx.kernels.Plan`), where the fused kernel
             made one beside them.
+        answered: ``(T, k)`` float32: with stand-ins, the weight of each lost slot's, 0 where there is none.
     """
 
     ids: Tensor
@@ -38,6 +39,7 @@ class Rerouted:
     own_ids: Tensor
     own_weights: Tensor
     plan: Plan | None = None
+    answered: Tensor | None = None
 
     @property
     def lost_ids(self) -> Tensor:
@@ -102,12 +104,14 @@ def stacked(steps: Sequence[Rerouted], shape: torch.Size) -> Rerouted:
     def joined(parts: list[Tensor]) -> Tensor:
         return torch.stack(parts).reshape(*shape, *parts[0].shape)
 
+    answered = [step.answered for step in steps if step.answered is not None]
     return Rerouted(
         joined([step.ids for step in steps]),
         joined([step.weights for step in steps]),
         joined([step.lost for step in steps]),
         joined([step.own_ids for step in steps]),
         joined([step.own_weights for step in steps]),
+        answered=joined(answered) if len(answered) == len(steps) else None,
     )
 
 

@@ -14,6 +14,7 @@ from lynx.kernels.backends import requested
 from lynx.log import logger
 from lynx.rerouting import Rerouted, leave_exact, reroute, stacked, unsound_rows
 from lynx.routing import Phase, Role, Routing
+from lynx.standins import LayerStandIns
 from lynx.strategy import BaseStrategy, BoundStrategy, Keep, LayerInfo, SelectionStrategy, Wrapper, place
 
 
@@ -24,11 +25,19 @@ class LayerSelection:
         info: The layer.
         strategy: Bound here, once.
         min_tokens: A batch of fewer OPEN rows is left exact.
+        standins: What answers for lost slots; None for re-picking alone.
     """
 
-    def __init__(self, info: LayerInfo, strategy: BaseStrategy, min_tokens: int = 2) -> None:
+    def __init__(
+        self,
+        info: LayerInfo,
+        strategy: BaseStrategy,
+        min_tokens: int = 2,
+        standins: LayerStandIns | None = None,
+    ) -> None:
         self.info = info
         self.min_tokens = min_tokens
+        self.standins = standins
         self.counters = Counters()
         _check_protect(strategy, info)
         self.bound: BoundStrategy = strategy.bind(info)
@@ -48,6 +57,8 @@ class LayerSelection:
         """
         self._follow(device)
         place(self.bound, device)
+        if self.standins is not None:
+            self.standins.place(device)
         if self.fused is not None and self.why_not_fused and requested() == "triton":
             raise ConfigError(f"LYNX_KERNELS=triton, but {self.why_not_fused}.")
 
@@ -64,7 +75,7 @@ class LayerSelection:
             self._follow(routing.choice.device)  # the model was moved, or its weights were away
         if fused is not None and fused.takes(routing):
             try:
-                return fused(routing, self.counters)
+                return self._answered(routing, fused(routing, self.counters))
             except torch.OutOfMemoryError:
                 raise  # no fault of the kernel's
             except Exception as error:
@@ -90,7 +101,15 @@ class LayerSelection:
                 logger.error("lynx.strategy_failed", layer=self.info.name, error=_named(error))
                 what = f"the strategy failed in layer {self.info.name!r} and the model's own routing is used there"
                 _warn(what, error)
+        result = self._answered(working, result)
         self.counters.add(working, result, unsound, failed)
+        return result
+
+    def _answered(self, routing: Routing, result: Rerouted) -> Rerouted:
+        if self.standins is None:
+            return result
+        result = self.standins.answer(routing, result)
+        self.counters.add_answered(routing, result)
         return result
 
     def _follow(self, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lynx.adapter import Discovery, FoundLayer, Installation
 from lynx.adapters.pytorch.anatomy import LOOKED_FOR, expert_bytes, find_blocks, is_authored
+from lynx.adapters.pytorch.answers import BlockExperts
 from lynx.adapters.pytorch.authored import AuthoredReading, read_authored
 from lynx.adapters.pytorch.block import BlockForward, Shared, standing_in
 from lynx.adapters.pytorch.execution import ExpertModules, SlicedExperts, StackedExperts
@@ -60,6 +61,13 @@ class PytorchAdapter:
         kinds = {type(layer.reading.experts) for layer in layers if isinstance(layer.reading, BlockReading)}
         words = "Lynx, from stacked weights" if kinds & {StackedExperts, SlicedExperts} else "the model's own modules"
         return Discovery(self, layers, LOOKED_FOR, words)
+
+    def experts_of(self, model: nn.Module, layer: FoundLayer) -> BlockExperts:
+        """Return the experts of a block by themselves, as :class:`lynx.adapter.HoldsExperts` says."""
+        reading = cast("BlockLayer", layer).reading
+        assert reading is not None  # a layer that is refused is not chosen
+        anatomy = reading.anatomy if isinstance(reading, BlockReading) else None
+        return BlockExperts(layer.router, reading, anatomy)
 
     def prepare(
         self,

@@ -221,10 +221,15 @@ def _has(block: nn.Module, path: str) -> bool:
 
 def expert_bytes(block: nn.Module, anatomy: Anatomy) -> int:
     """Bytes of one expert's weights."""
-    tensors: list[torch.Tensor] = []
-    if anatomy.modules is not None:
-        tensors = list(at(block, anatomy.modules).parameters())
-    elif anatomy.stacked is not None:
-        names = (anatomy.stacked.up, anatomy.stacked.down, anatomy.stacked.gate)
-        tensors = [at(block, name) for name in names if name is not None]
+    tensors = expert_tensors(block, anatomy)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) // anatomy.num_experts
+
+
+def expert_tensors(block: nn.Module, anatomy: Anatomy) -> list[torch.Tensor]:
+    """All experts' weights, in an order that is always the same."""
+    if anatomy.modules is not None:
+        return list(at(block, anatomy.modules).parameters())
+    if anatomy.stacked is None:
+        return []
+    names = (anatomy.stacked.up, anatomy.stacked.down, anatomy.stacked.gate)
+    return [at(block, name) for name in names if name is not None]

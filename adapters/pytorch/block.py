@@ -96,6 +96,8 @@ class BlockForward:
             return self._own(args, kwargs)
         flat = hidden.reshape(-1, hidden.shape[-1])
         routed = self.reading.run(block, flat, result.ids, result.weights, result.plan)
+        if result.answered is not None and selection.standins is not None:
+            routed = selection.standins.add(routed, flat, result.lost_ids, result.answered)
         return self.reading.finish(block, hidden, routed, routing.logits)
 
     def _own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

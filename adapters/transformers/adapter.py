@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lynx.adapter import Discovery, FoundLayer, Installation
 from lynx.adapters.transformers import experts as experts_room
 from lynx.adapters.transformers.adapted import copies, one_per_layer
+from lynx.adapters.transformers.answers import ModuleExperts, module_experts
 from lynx.adapters.transformers.decisions import hook_layer, is_ours
 from lynx.adapters.transformers.dense import DenseExperts, runs_all
 from lynx.adapters.transformers.discovery import (
@@ -63,6 +64,10 @@ class TransformersAdapter:
         why_not = next((reason for site in sites if (reason := experts_room.why_not(site.experts))), "")
         words = f"the model's own ({why_not})" if why_not else "the model's own, or Lynx's"
         return Discovery(self, layers, LOOKED_FOR, words, passed_over(model, sites))
+
+    def experts_of(self, model: nn.Module, layer: FoundLayer) -> ModuleExperts:
+        """Return the experts of a layer by themselves, as :class:`lynx.adapter.HoldsExperts` says."""
+        return module_experts(layer, cast("RouterLayer", layer).site.experts)
 
     def prepare(
         self,
@@ -157,7 +162,8 @@ class TransformersInstallation:
         for name, hooks in routers.items():
             watch = None if any(hook.acts_on_prefill for hook in hooks) else WithoutCache()
             self._before(modules[name], StepBegins(context, parameter_names(modules[name]), watch))
-            self._after(modules[name], StepEnds(context, hooks))
+            answering = tuple(hook for hook in hooks if hook.answers is not None)
+            self._after(modules[name], StepEnds(context, hooks, answering))
 
     def _seat(self, layer: RouterLayer, selection: LayerSelection) -> experts_room.Seat | DenseExperts | None:
         """Switch a layer's experts over if Lynx's are to run them."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lynx.adapters.rules import choice_scores
+from lynx.adapters.transformers.answers import AnswersHook, LostSlots
 from lynx.adapters.transformers.block import as_tuple
 from lynx.adapters.transformers.dense import DenseExperts
 from lynx.adapters.transformers.discovery import RouterLayer
@@ -133,15 +134,21 @@ def hook_layer(
     """
     site, found = layer.site, layer.fingerprint
     assert found is not None
+    answers = None
+    if selection.standins is not None:
+        assert site.experts is not None
+        answers = LostSlots()
+        hook_of_experts = AnswersHook(answers, selection.standins)
+        handles.append(site.experts.register_forward_hook(hook_of_experts, with_kwargs=True))
+    plans = seat if isinstance(seat, Seat) else None
     if found.output.by_block:
         assert site.experts is not None
-        plans = seat if isinstance(seat, Seat) else None
-        behind = ExpertsHook(context, found, selection, acts_on_prefill, plans)
+        behind = ExpertsHook(context, found, selection, acts_on_prefill, plans, answers)
         handles.append(site.block.register_forward_pre_hook(DecidingBlockBegins(behind)))
         handles.extend(router.register_forward_hook(LogitsHook(behind)) for router in routers)
         handles.append(site.experts.register_forward_pre_hook(behind, with_kwargs=True))
         return behind
-    hook = RouterHook(context, found, selection, acts_on_prefill, seat if isinstance(seat, Seat) else None)
+    hook = RouterHook(context, found, selection, acts_on_prefill, plans, answers)
     if found.output.ids is None:
         dense = seat if isinstance(seat, DenseExperts) else None
         hook = ScoresHook(context, found, selection, acts_on_prefill, dense=dense)

@@ -160,7 +160,7 @@ def why_not(experts: nn.Module | None) -> str:
     """Say why an experts module cannot be run by Lynx; empty if it can."""
     if experts is None:
         return "no experts module was found beside the router"
-    if _spread(experts):
+    if spread(experts):
         return "its experts are spread over processes"
     if dense.runs_all(experts):
         return dense.why_not(experts)
@@ -175,7 +175,7 @@ def why_not(experts: nn.Module | None) -> str:
     return ""
 
 
-def _spread(experts: nn.Module) -> bool:
+def spread(experts: nn.Module) -> bool:
     """Whether processes share the experts, or each expert; how that is marked depends on the version."""
     marked = getattr(experts, "_is_expert_parallel", False) or getattr(experts, "_hf_tp_plan", None) is not None
     return marked or any(hasattr(parameter, "placements") for parameter in experts.parameters())

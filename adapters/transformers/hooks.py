@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lynx.adapters.rules import choice_scores
+from lynx.adapters.transformers.answers import LostSlots
 from lynx.adapters.transformers.experts import Seat
 from lynx.adapters.transformers.fingerprint import Fingerprint
 from lynx.adapters.transformers.offload import fetch
@@ -112,6 +113,7 @@ class RouterHook:
         selection: The layer's selection.
         acts_on_prefill: Whether the strategy has anything to say in prefill.
         seat: Where the plan is left for Lynx's experts, if they run.
+        answers: Where lost slots are left for the stand-ins, if there are any.
         entered: Whether the block around the router was called in this forward; kept until it has decided once, as are
             the next two.
         fired: Whether the router itself was.
@@ -124,6 +126,7 @@ class RouterHook:
     selection: LayerSelection
     acts_on_prefill: bool
     seat: Seat | None = None
+    answers: LostSlots | None = None
     entered: bool = False
     fired: bool = False
     astray: bool = False
@@ -158,6 +161,8 @@ class RouterHook:
             Ids and weights ``(T, k)``; None where they are to be left alone.
         """
         step = self.context.step
+        if self.answers is not None:
+            self.answers.given = None
         if step is None or module.training:
             return None
         if ids.shape[:-1] != step.role.shape:
@@ -194,6 +199,10 @@ class RouterHook:
             new_ids, new_weights = result.ids, result.weights
             if self.seat is not None and not zero:
                 self.seat.give(new_ids, result.plan)
+        if self.answers is not None and result.answered is not None:
+            lost = result.lost_ids, result.answered
+            lost_ids, answered = (_by_row(lost[0]), _by_row(lost[1])) if step.columns else lost
+            self.answers.given = lost_ids, answered if factor is None else answered * factor[lost_ids]
         if factor is not None:
             same = ((new_ids == ids) & (new_weights == plain)).all(-1, keepdim=True)
             new_weights = torch.where(same, weights, (new_weights * factor[new_ids]).to(weights.dtype))

@@ -24,10 +24,12 @@ class StepEnds:
     Attributes:
         context: The step.
         waiting: Hooks of routers that have not decided yet.
+        answering: Hooks of routers whose lost slots stand-ins answer for.
     """
 
     context: StepContext
     waiting: list[RouterHook] = field(default_factory=list)
+    answering: tuple[RouterHook, ...] = ()
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forget the step.
@@ -36,7 +38,10 @@ class StepEnds:
             AttachError: A router was passed over.
         """
         step, self.context.step = self.context.step, None
-        if torch.compiler.is_compiling() or not self.waiting:  # in this order: what is read is guarded on
+        if torch.compiler.is_compiling():  # before anything else: what is read is guarded on
+            return
+        self._all_answered(output)
+        if not self.waiting:
             return
         waiting = [hook for hook in self.waiting if not hook.decided]
         silent = [hook.selection.info.name for hook in waiting if hook.entered and not hook.fired]
@@ -59,3 +64,13 @@ class StepEnds:
             logger.error("lynx.routers_silent", layers=len(names), first=names[0])
             message = f"{len(names)} routers did not decide over this forward's tokens, but over other rows"
             warnings.warn(f"{message} ({', '.join(names)}); nothing is selected there", LynxWarning, 2)
+
+    def _all_answered(self, output: Any) -> None:
+        """Raise where slots were lost and the experts, to whose output stand-ins add, were not called."""
+        open_ended = [hook for hook in self.answering if hook.answers is not None and hook.answers.take() is not None]
+        if open_ended and output is not None:
+            names = ", ".join(hook.selection.info.name for hook in open_ended)
+            raise AttachError(
+                f"the experts of {names} were not called as modules, so what stand-ins answer was not added there. "
+                "Load the model without fused kernels that go past them, or leave out `standins`."
+            )

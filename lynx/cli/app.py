@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from lynx.cli.calibrate import calibrate
 from lynx.errors import ConfigError, LynxError
 
 app = typer.Typer(
@@ -293,6 +294,9 @@ def tune(
         max_new_tokens=max_new_tokens,
     )
     run_tune(model, data, goal, protocol, Effort(candidates=candidates), latency, (device, dtype), out, as_json)
+
+
+app.command()(calibrate)
 
 
 @app.command()

@@ -15,7 +15,15 @@ import lynx.testing
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent  # not the checkout, whose folder `lynx` would be found before the installed one
 ROOMS = {"lynx": "lynx", "lynx.strategies": "strategies", "lynx.kernels": "kernels", "lynx.adapters": "adapters"}
-ON_TOP = {"lynx.cli", "lynx.demo", "lynx.measuring", "lynx.tuning", "lynx.testing", "lynx.reference_model"}
+ON_TOP = {
+    "lynx.calibration",
+    "lynx.cli",
+    "lynx.demo",
+    "lynx.measuring",
+    "lynx.tuning",
+    "lynx.testing",
+    "lynx.reference_model",
+}
 CORE_TYPES = {"lynx.config", "lynx.errors", "lynx.hookspecs", "lynx.keep", "lynx.routing", "lynx.strategy"}
 
 
@@ -218,6 +226,7 @@ def test_the_public_names():
         "Routing",
         "Selection",
         "SelectionStrategy",
+        "StandIns",
         "StrategyError",
         "UnsupportedModelError",
         "WeightRule",

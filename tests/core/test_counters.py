@@ -131,7 +131,7 @@ def test_counters_stay_in_place():
     selection = union_of_one(routing)
     selection(routing)
     kept = [value for value in vars(selection.counters).values() if hasattr(value, "data_ptr")]
-    assert len(kept) == 3
+    assert len(kept) == 4
     places = [tensor.data_ptr() for tensor in kept]
     selection(routing)
     selection.counters.reset()

@@ -1,0 +1,66 @@
+"""Hold a file of stand-ins against the model that it is to answer for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from lynx.config import Config
+from lynx.errors import ConfigError
+from lynx.standins import LayerStandIns
+from lynx.standins_file import StandInLayer, experts_hash, read_standins
+
+if TYPE_CHECKING:
+    from lynx.adapter import Adapter, FoundLayer, HoldsExperts, LayerExperts
+
+
+def standins_for(
+    adapter: Adapter, model: Any, layers: Sequence[FoundLayer], config: Config
+) -> list[LayerStandIns | None]:
+    """Read the stand-ins of layers, None for each where a configuration asks for none.
+
+    Raises:
+        ConfigError: The file is not there, lacks a layer, or was made for other experts; or the adapter cannot add
+            what stand-ins answer.
+        UnsupportedModelError: A layer's experts do not let anything be added to what they give.
+    """
+    asked = config.standins
+    if asked is None or asked.mode == "re-pick":
+        return [None] * len(layers)
+    file = read_standins(asked.file)
+    found: list[LayerStandIns | None] = []
+    for layer in layers:
+        info, experts = layer.info, experts_of(adapter, model, layer)
+        known = file.layers.get(info.index)
+        if known is None:
+            raise ConfigError(
+                f"{str(asked.file)!r} has no stand-ins for layer {info.name!r} (number {info.index}); it has layers "
+                f"{', '.join(map(str, sorted(file.layers)))}. Calibrate again, or leave the layer out (`layers`)."
+            )
+        _check(known, info.num_experts, experts, str(asked.file))
+        found.append(LayerStandIns(known, asked.mode, asked.rank))
+    return found
+
+
+def experts_of(adapter: Adapter, model: Any, layer: FoundLayer) -> LayerExperts:
+    """Ask an adapter for a layer's experts.
+
+    Raises:
+        ConfigError: The adapter does not know how to.
+        UnsupportedModelError: They cannot be had from this layer.
+    """
+    if not hasattr(adapter, "experts_of"):
+        raise ConfigError(f"stand-ins are not there for models of the {adapter.name} adapter; leave out `standins`.")
+    return cast("HoldsExperts", adapter).experts_of(model, layer)
+
+
+def _check(known: StandInLayer, num_experts: int, experts: LayerExperts, file: str) -> None:
+    if known.num_experts != num_experts:
+        raise ConfigError(
+            f"{file!r} stands in for {known.num_experts} experts in layer {known.name!r}, this model has {num_experts}."
+        )
+    if experts_hash(experts.tensors()) != known.experts:
+        raise ConfigError(
+            f"{file!r} was made for other experts than those of this model (layer {known.name!r}): their weights "
+            "differ. Calibrate with this model: `lynx calibrate MODEL --data FILE -o standins.safetensors`."
+        )
