@@ -263,7 +263,9 @@ def tune(
     latency: Annotated[
         Path | None, typer.Option("--latency", help="Latency model that `lynx bench --fit` wrote on this machine.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=2, help="Sequences of a decode batch.")] = 16,
+    batch: Annotated[
+        str, typer.Option("--batch", help="Sequences of a decode batch; several as 4,16, for a setting each.")
+    ] = "16",
     columns: Annotated[int, typer.Option("--columns", min=2, help="Decode steps of each batch.")] = 64,
     seeds: Seeds = 2,
     batches: Batches = None,
@@ -280,20 +282,20 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Choose a setting for every layer of a model, within the loss that you allow."""
-    from lynx.cli.tune import goal_of, run_tune
+    from lynx.cli.tune import goal_of, run_tune, sizes_of
     from lynx.measuring.evaluate import Protocol
     from lynx.tuning.tune import Effort
 
     goal = goal_of(max_kl, max_drop, target_active, None if target_tpot is None else target_tpot / 1000)
+    sizes = sizes_of(batch)
     protocol = Protocol(
-        batch=batch,
         columns=columns,
         seeds=tuple(range(seeds)),
         most_batches=batches,
         questions=questions,
         max_new_tokens=max_new_tokens,
     )
-    run_tune(model, data, goal, protocol, Effort(candidates=candidates), latency, (device, dtype), out, as_json)
+    run_tune(model, data, goal, sizes, protocol, Effort(candidates=candidates), latency, (device, dtype), out, as_json)
 
 
 app.command()(calibrate)

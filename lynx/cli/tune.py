@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from lynx.cli.bench import counts_of
 from lynx.cli.evaluate import examples_of
 from lynx.cli.progress import progress_bar
 from lynx.errors import ConfigError
 from lynx.measuring.evaluate import Protocol
+from lynx.measuring.examples import Example
 from lynx.measuring.latency import LatencyModel
-from lynx.measuring.subject import load_subject
-from lynx.tuning.goal import Goal, Kind
+from lynx.measuring.subject import Subject, load_subject
+from lynx.tuning.goal import Goal, Kind, Trial
 from lynx.tuning.report import write_report
-from lynx.tuning.tune import Effort, rounds, tune
+from lynx.tuning.sizes import Seconds, Times, TunedSizes, ordered, tune_sizes
+from lynx.tuning.sizes import rounds as rounds_of_sizes
+from lynx.tuning.tune import Effort, Tuned, rounds, tune
 
 
 def goal_of(max_kl: float | None, max_drop: str | None, active: float | None, tpot: float | None) -> Goal:
@@ -35,10 +40,22 @@ def goal_of(max_kl: float | None, max_drop: str | None, active: float | None, tp
     return given[0]
 
 
+def sizes_of(text: str) -> list[int]:
+    """Read the batch sizes of a command line, smallest first.
+
+    Raises:
+        ConfigError: They are not whole numbers of 2 or more, or one is named twice.
+    """
+    sizes = counts_of(text)
+    given = [int(part) for part in text.split(",")]
+    return ordered(given if len(given) > len(sizes) else sizes)
+
+
 def run_tune(
     model: str,
     data: Path | None,
     goal: Goal,
+    sizes: Sequence[int],
     protocol: Protocol,
     effort: Effort,
     latency: Path | None,
@@ -49,29 +66,55 @@ def run_tune(
     """Tune, write the configuration and the report, and print what was chosen."""
     if not out.parent.is_dir():
         raise ConfigError(f"cannot write {str(out)!r}: there is no folder {str(out.parent)!r}.")
-    seconds, weights = (None, None) if latency is None else _times(LatencyModel.load(latency), protocol.batch, model)
+    fitted = None if latency is None else LatencyModel.load(latency)
+    times = None if fitted is None else {size: _times(fitted, size, model) for size in sizes}
     subject = load_subject(model, True, *place)
     examples = examples_of(data, subject)
-    with progress_bar(rounds(subject, examples, protocol, effort)) as advance:
-        kept = out.with_suffix(".measured.json")
-        tuned = tune(subject, examples, goal, protocol, effort, seconds, weights, keep=kept, advance=advance)
+    tuned = _tune(subject, examples, goal, sizes, protocol, effort, times, out)
     report = write_report(tuned, out.with_suffix(".md"))
     config = tuned.config  # raises where nothing met the goal; the report says what was tried
     config.save(out)
-    assert tuned.chosen is not None
     if as_json:
         print(json.dumps({"config": config.dump(), "written": [str(path) for path in (out, *report)]}, indent=2))
         return
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    quality = tuned.chosen.quality
-    console.print(
-        f"{goal}: {quality.share:.0%} of the active experts at a KL of {tuned.chosen.kl} nats per token, on "
-        "the half of the text that verifies."
-    )
+    if isinstance(tuned, TunedSizes):
+        console.print(f"{goal}, on the half of the text that verifies:")
+        for size, trial in tuned.joined.items():
+            console.print(f"batches of {size}: {_words(trial)}")
+    else:
+        assert tuned.chosen is not None
+        console.print(f"{goal}: {_words(tuned.chosen)}, on the half of the text that verifies.")
     console.print(f"Written: {', '.join(str(path) for path in (out, *report))}")
 
 
-def _times(model: LatencyModel, batch: int, asked: str) -> tuple[Callable[[Sequence[float]], float], list[float]]:
+def _tune(
+    subject: Subject,
+    examples: Sequence[Example],
+    goal: Goal,
+    sizes: Sequence[int],
+    protocol: Protocol,
+    effort: Effort,
+    times: Times | None,
+    out: Path,
+) -> Tuned | TunedSizes:
+    if len(sizes) > 1:
+        kept_of = {each: out.with_suffix(f".batch-{each}.measured.json") for each in sizes}
+        with progress_bar(rounds_of_sizes(subject, examples, sizes, protocol, effort)) as advance:
+            return tune_sizes(subject, examples, goal, sizes, protocol, effort, times, kept_of, advance)
+    (size,) = sizes
+    seconds, weights = (None, None) if times is None else times[size]
+    protocol = replace(protocol, batch=size)
+    with progress_bar(rounds(subject, examples, protocol, effort)) as advance:
+        kept = out.with_suffix(".measured.json")
+        return tune(subject, examples, goal, protocol, effort, seconds, weights, keep=kept, advance=advance)
+
+
+def _words(trial: Trial) -> str:
+    return f"{trial.quality.share:.0%} of the active experts at a KL of {trial.kl} nats per token"
+
+
+def _times(model: LatencyModel, batch: int, asked: str) -> tuple[Seconds, list[float]]:
     """A step's time from its layers' active experts, and what an expert of each layer takes."""
     if model.model != asked:
         raise ConfigError(

@@ -10,19 +10,55 @@ from lynx.measuring.settings import describe
 from lynx.tuning.allocation import Allocation
 from lynx.tuning.candidates import label
 from lynx.tuning.goal import Trial
+from lynx.tuning.sizes import TunedSizes
 from lynx.tuning.tune import Tuned
 
 
-def write_report(tuned: Tuned, path: Path) -> list[Path]:
-    """Write the report, and the plot beside it as SVG; return what was written."""
-    drawn = _plot(tuned, path.with_suffix(".svg"))
-    path.write_text(_markdown(tuned, drawn), encoding="utf-8")
-    return [path, *([drawn] if drawn is not None else [])]
+def write_report(tuned: Tuned | TunedSizes, path: Path) -> list[Path]:
+    """Write the report, and the plots beside it as SVG; return what was written."""
+    if isinstance(tuned, TunedSizes):
+        drawn = {size: _plot(part, path.with_suffix(f".batch-{size}.svg")) for size, part in tuned.parts.items()}
+        text = _by_size(tuned, drawn)
+    else:
+        drawn = {0: _plot(tuned, path.with_suffix(".svg"))}
+        head = [f"# Settings for {tuned.conditions['model']}", f"Wanted: {tuned.goal}."]
+        text = [*head, *_body(tuned, drawn[0]), *_conditions(tuned)]
+    path.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    return [path, *(plot for plot in drawn.values() if plot is not None)]
 
 
-def _markdown(tuned: Tuned, plot: Path | None) -> str:
-    conditions = tuned.conditions
-    parts = [f"# Settings for {conditions['model']}", f"Wanted: {tuned.goal}."]
+def _by_size(tuned: TunedSizes, plots: dict[int, Path | None]) -> list[str]:
+    sizes = list(tuned.parts)
+    parts = [f"# Settings for {tuned.conditions['model']}, by batch size"]
+    parts.append(f"Wanted, in batches of {', '.join(map(str, sizes))} sequences: {tuned.goal}.")
+    if tuned.joined:
+        rows = [
+            (
+                str(size),
+                f"{trial.quality.share:.1%}",
+                _figure(trial.kl),
+                f"{trial.quality.kept_mass_worst:.0%}",
+                "yes" if trial.passed else "no",
+            )
+            for size, trial in tuned.joined.items()
+        ]
+        head = ("batch", "active experts", "KL (nats)", "kept by the worst token", "meets the goal")
+        parts += ["The joined setting, attached as it is written, on the half of the text that verifies:"]
+        parts += [_table(head, rows)]
+    else:
+        missed = ", ".join(str(size) for size, part in tuned.parts.items() if part.chosen is None)
+        parts.append(f"**No setting was verified to give that in batches of {missed}**, so that there is none to use.")
+    parts.append(
+        f"A step takes the setting of the largest of these sizes that its open rows reach. With fewer than {sizes[0]} "
+        "of them it is exact."
+    )
+    for size, part in tuned.parts.items():
+        parts += [f"## Batches of {size}", *_body(part, plots[size])]
+    return [*parts, "## Conditions", *_conditions(tuned)]
+
+
+def _body(tuned: Tuned, plot: Path | None) -> list[str]:
+    parts = []
     if tuned.chosen is None:
         parts.append("**No setting was verified to give that.** What was tried:")
     else:
@@ -36,10 +72,12 @@ def _markdown(tuned: Tuned, plot: Path | None) -> str:
         parts.append(f"![KL by active experts]({plot.name})")
     parts.append("The same setting in every layer, on the same text:")
     rows = [(describe(each.setting), f"{each.share:.1%}", _figure(each.mean("kl"))) for each in tuned.uniform]
-    parts.append(_table(("setting", "active experts", "KL (nats)"), rows))
-    parts.append("Measured with:")
-    parts.append(_table(("what", "value"), [(key, str(value)) for key, value in conditions.items()]))
-    return "\n\n".join(parts) + "\n"
+    return [*parts, _table(("setting", "active experts", "KL (nats)"), rows)]
+
+
+def _conditions(tuned: Tuned | TunedSizes) -> list[str]:
+    rows = [(key, str(value)) for key, value in tuned.conditions.items()]
+    return ["Measured with:", _table(("what", "value"), rows)]
 
 
 def _verdict(trial: Trial) -> str:

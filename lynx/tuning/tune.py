@@ -83,22 +83,7 @@ class Tuned:
     def evidence(self) -> dict[str, Any]:
         """What the chosen setting rests on, as plain data."""
         assert self.chosen is not None
-        trial = self.chosen
-        found = {
-            "goal": str(self.goal),
-            "kl": asdict(trial.kl),
-            "loss_rise": asdict(trial.quality.rise),
-            "top1_agreement": asdict(trial.quality.mean("agree")),
-            "active_experts": round(trial.quality.active_mean(), 3),
-            "active_experts_before": round(trial.quality.active_mean("before"), 3),
-            "kept_mass_worst": round(trial.quality.kept_mass_worst, 4),
-            "predicted_kl": trial.allocation.loss,
-        }
-        if trial.answers is not None and trial.exact_answers is not None:
-            found |= {"answers": asdict(trial.answers), "answers_exact": asdict(trial.exact_answers)}
-        if trial.seconds is not None:
-            found["predicted_seconds_per_token"] = trial.seconds
-        return found | self.conditions
+        return {"goal": str(self.goal), **figures(self.chosen), **self.conditions}
 
 
 def tune(
@@ -150,7 +135,7 @@ def tune(
     progress = Progress(of=of) if keep is None else Progress.read(keep, of)
     curves = sensitivities(subject.model, layers, offered, choosing, progress, keep, lambda: advance("layer by layer"))
     path = allocations(curves, weights)
-    verify = _Verify(subject, second, verifying, goal, protocol, seconds, advance)
+    verify = Verify(subject, second, verifying, goal, protocol, seconds, advance)
     trials = search(path, goal, lambda each: _spent(goal, each, seconds), verify, effort.rounds)
     chosen = trials[-1] if trials and trials[-1].passed else None
     everywhere = [resolve_config(strategy, {}) for strategy in _uniform(offered)]
@@ -172,6 +157,25 @@ def tune(
     return Tuned(goal, chosen, tuple(trials), tuple(path), tuple(uniform), conditions)
 
 
+def figures(trial: Trial) -> dict[str, Any]:
+    """Return what was verified of a setting, as plain data."""
+    quality = trial.quality
+    found = {
+        "kl": asdict(trial.kl),
+        "loss_rise": asdict(quality.rise),
+        "top1_agreement": asdict(quality.mean("agree")),
+        "active_experts": round(quality.active_mean(), 3),
+        "active_experts_before": round(quality.active_mean("before"), 3),
+        "kept_mass_worst": round(quality.kept_mass_worst, 4),
+        "predicted_kl": trial.allocation.loss,
+    }
+    if trial.answers is not None and trial.exact_answers is not None:
+        found |= {"answers": asdict(trial.answers), "answers_exact": asdict(trial.exact_answers)}
+    if trial.seconds is not None:
+        found["predicted_seconds_per_token"] = trial.seconds
+    return found
+
+
 def fingerprint(model: Any) -> str:
     """Return a hash of a few of every parameter's values: other weights are another model, whatever it is called."""
     digest = hashlib.sha256()
@@ -189,8 +193,18 @@ def rounds(subject: Subject, examples: Sequence[Example], protocol: Protocol, ef
     return layers * offered * choosing + (effort.rounds + _UNIFORM) * verifying
 
 
-class _Verify:
-    """Measures an allocation on text that it was not chosen by."""
+class Verify:
+    """Measures an allocation on text that it was not chosen by.
+
+    Args:
+        subject: The model, not attached.
+        examples: The text, for questions.
+        batches: The text, as decode batches.
+        goal: What is wanted.
+        protocol: Batch size, and how many questions are asked.
+        seconds: Predicts the time per output token from each layer's active experts.
+        advance: Called after each batch.
+    """
 
     def __init__(
         self,
@@ -218,8 +232,9 @@ class _Verify:
         """How many questions there were to ask."""
         return len(self._asked)
 
-    def __call__(self, allocation: Allocation) -> Trial:
-        config = allocation.config
+    def __call__(self, allocation: Allocation, config: Config | None = None) -> Trial:
+        """Verify an allocation, or a configuration that it is a part of."""
+        config = config or allocation.config
         (quality,) = measure(self._subject.model, self._batches, [config], lambda: self._advance("verifying"))
         answers = self._answers(config)
         seconds = None if self._seconds is None else self._seconds(quality.active())
