@@ -97,7 +97,11 @@ class HoldsExperts(Protocol):
 
 
 class Installation(Protocol):
-    """An adapter's hooks in one model; undone exactly by :meth:`remove`."""
+    """An adapter's hooks in one model; undone exactly by :meth:`remove`.
+
+    One that sees decode steps begin, on the host, may have ``time_by(tpot)``: it is called before :meth:`start` where a
+    time per output token is to be held, and the hooks then call :meth:`lynx.tpot.TpotControl.begins` and ``breaks``.
+    """
 
     experts: str
     """Which experts implementation runs: ``model`` or ``lynx``."""

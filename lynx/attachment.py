@@ -18,6 +18,8 @@ from lynx.log import logger
 from lynx.matching import standins_for
 from lynx.plugins import registry
 from lynx.selection import LayerSelection
+from lynx.strategy import steered
+from lynx.tpot import TpotControl
 
 if TYPE_CHECKING:
     from lynx.adapter import Adapter, Discovery, FoundLayer
@@ -39,7 +41,7 @@ def attach(model: nn.Module, strategy: Any = None, /, **options: Any) -> Handle:
         strategy: A strategy's name, an instance, a mapping with ``name``, or a :class:`lynx.Config`. Without one, the
             file that the environment variable ``LYNX_CONFIG`` names.
         **options: Options of the strategy, and keys of :class:`lynx.Config` (``min_tokens``, ``max_decode_q``,
-            ``layers``, ``experts``), which override a config's own.
+            ``layers``, ``experts``, ``tpot_ms``), which override a config's own.
 
     Returns:
         A handle; also a context manager that detaches at its end.
@@ -66,7 +68,10 @@ def attach(model: nn.Module, strategy: Any = None, /, **options: Any) -> Handle:
     ]
     previous = _handles.get(model)
     replaced = previous.installation if previous is not None else None
+    control = _control(config, [selection for _, selection in selections])
     installation = discovery.adapter.prepare(model, config, selections, replaced)
+    if control is not None and hasattr(installation, "time_by"):
+        installation.time_by(control)
     # before anything is changed: a warning may be made an error
     if any(getattr(layer.router, "training", False) for layer in layers):
         warnings.warn(
@@ -75,7 +80,7 @@ def attach(model: nn.Module, strategy: Any = None, /, **options: Any) -> Handle:
     if previous is not None:
         previous.detach()
     installation.start()
-    handle = Handle(config, discovery.adapter.name, [selection for _, selection in selections], installation)
+    handle = Handle(config, discovery.adapter.name, [selection for _, selection in selections], installation, control)
     _handles[model] = handle
     logger.info("lynx.attached", adapter=discovery.adapter.name, layers=len(layers), strategy=config.strategy.name)
     return handle
@@ -210,6 +215,20 @@ def _chosen(discovery: Discovery, config: Config) -> list[FoundLayer]:
         if layer.refused:
             raise UnsupportedModelError(f"layer {layer.info.name!r} cannot be taken: {layer.refused}")
     return layers
+
+
+def _control(config: Config, selections: Sequence[LayerSelection]) -> TpotControl | None:
+    """Make what holds a time per output token, if one is asked for."""
+    if config.tpot_ms is None:
+        return None
+    found = [each for selection in selections for each in steered(selection.bound)]
+    if not found:
+        raise ConfigError(
+            f"tpot_ms moves the targets of `target-active`, and {config.strategy.name!r} has none: give "
+            "target-active with the fewest experts that you allow (share=0.6, for instance), alone or inside a "
+            "wrapper; `lynx tune --target-tpot` finds fixed settings for a time."
+        )
+    return TpotControl(config.tpot_ms / 1e3, found, config.min_tokens)
 
 
 def _passes(layer: LayerInfo, chosen: LayerFilter) -> bool:

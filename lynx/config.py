@@ -67,6 +67,8 @@ class Config(Options):
         experts: Which implementation runs the experts: the ``model``'s own, ``lynx``'s, or ``auto`` to choose.
         standins: What answers for lost slots: a file that ``lynx calibrate`` wrote, or its options
             (:class:`lynx.StandIns`); None for re-picking.
+        tpot_ms: Milliseconds per output token to hold, by targets that are moved from those of the strategy towards
+            exact routing as far as there is time (:class:`lynx.tpot.TpotControl`); None leaves them where they are.
         evidence: What the setting rests on, as ``lynx tune`` writes it; nothing reads it.
     """
 
@@ -76,6 +78,7 @@ class Config(Options):
     layers: Annotated[Literal["all"] | SerializeAsAny[LayerFilter], BeforeValidator(_layers)] = "all"
     experts: Literal["auto", "model", "lynx"] = "auto"
     standins: Annotated[StandIns | None, BeforeValidator(read_standins_option)] = None
+    tpot_ms: float | None = Field(None, gt=0)
     evidence: dict[str, Any] | None = None
 
     @classmethod
@@ -86,8 +89,7 @@ class Config(Options):
     def dump(self) -> dict[str, Any]:
         """Return plain data that :func:`load_config` turns back into an equal config."""
         data = self.model_dump(mode="json")
-        unset = {key for key in ("standins", "evidence") if data[key] is None}
-        return {key: value for key, value in data.items() if key not in unset}
+        return {key: value for key, value in data.items() if value is not None}
 
     def save(self, path: str | Path) -> None:
         """Write the config as YAML, or as JSON if the file is called ``*.json``."""

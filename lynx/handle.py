@@ -14,6 +14,7 @@ from lynx.log import logger
 from lynx.priority import priorities_of
 from lynx.report import Report, make_report
 from lynx.selection import LayerSelection
+from lynx.tpot import TpotControl
 
 if TYPE_CHECKING:
     from lynx.adapter import Installation
@@ -26,12 +27,18 @@ class Handle:
     """
 
     def __init__(
-        self, config: Config, adapter: str, selections: list[LayerSelection], installation: Installation
+        self,
+        config: Config,
+        adapter: str,
+        selections: list[LayerSelection],
+        installation: Installation,
+        tpot: TpotControl | None = None,
     ) -> None:
         self.config = config
         self.adapter = adapter
         self._selections = selections
         self._installation: Installation | None = installation
+        self._tpot = tpot
         self._experts = installation.experts
         self._experts_backend: str = getattr(installation, "experts_backend", "")  # for adapters that run Lynx's
         self._warned = False
@@ -71,6 +78,11 @@ class Handle:
         Empty where the kernel runs everywhere. On a machine without a GPU every layer is in it.
         """
         return {each.info.name: each.why_not_fused for each in self._selections if each.why_not_fused}
+
+    @property
+    def tpot(self) -> TpotControl | None:
+        """What holds a time per output token, None unless the configuration has ``tpot_ms``."""
+        return self._tpot
 
     def report(self) -> Report:
         """Read the counters and say what selection did; waits for the device.

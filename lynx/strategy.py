@@ -102,6 +102,23 @@ def place(bound: BoundStrategy, device: torch.device) -> None:
         bound.place(device)
 
 
+@runtime_checkable
+class Steered(Protocol):
+    """A bound strategy with a target that can be moved between steps, as :class:`lynx.tpot.TpotControl` does."""
+
+    def steer(self, position: float) -> None:
+        """Put the target between the configured one, 0, and exact routing, 1; must not wait for the device."""
+        ...
+
+
+def steered(bound: BoundStrategy) -> list[Steered]:
+    """Find what can be steered in a bound strategy: itself, or those that a bound wrapper names by ``inner()``."""
+    if isinstance(bound, Steered):
+        return [bound]
+    inner = getattr(bound, "inner", None)
+    return [found for each in inner() for found in steered(each)] if callable(inner) else []
+
+
 class BaseStrategy(Options):
     """What strategies and wrappers have in common. Authors subclass :class:`SelectionStrategy`."""
 

@@ -54,6 +54,9 @@ class _Bound:
     def __init__(self, sizes: list[tuple[int, BoundStrategy]], remembers: bool) -> None:
         self._sizes, self._remembers = sizes, remembers
 
+    def inner(self) -> list[BoundStrategy]:
+        return [strategy for _, strategy in self._sizes]
+
     def place(self, device: torch.device) -> None:
         for _, strategy in self._sizes:
             place(strategy, device)

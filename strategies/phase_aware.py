@@ -64,6 +64,9 @@ class _Bound:
         """The one strategy that decides, if the other phase is left exact."""
         return next(iter(self._by_phase.values())) if len(self._by_phase) == 1 else None
 
+    def inner(self) -> list[BoundStrategy]:
+        return list(self._by_phase.values())
+
     def place(self, device: torch.device) -> None:
         for strategy in self._by_phase.values():
             place(strategy, device)

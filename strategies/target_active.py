@@ -69,18 +69,25 @@ class _Steered:
     """One layer's threshold and what moves it; all of it is one tensor, which is written and never replaced.
 
     Attributes:
-        state: ``(4,)`` float32: log odds of the threshold, mean of the target, steps seen, the goal; None until it is
-            on a device.
+        state: ``(5,)`` float32: log odds of the threshold, mean of the target, steps seen, the goal, and how far the
+            target stands from it towards all that the batch wants; None until it is on a device.
     """
 
     def __init__(self, strategy: TargetActive) -> None:
         self._strategy = strategy
         self._lowest = _log_odds(strategy.floor)
+        self._position = 0.0
         self.state: Tensor | None = None
 
     def place(self, device: torch.device) -> None:
         """Put the state where the layer is."""
         self._on(device)
+
+    def steer(self, position: float) -> None:
+        """Move the target of the steps to come: 0 is the configured one, 1 is exact routing."""
+        self._position = position
+        if self.state is not None:
+            self.state[4].fill_(position)
 
     def keep(self, routing: Routing) -> Keep:
         """Decide by the threshold as it is, then move it."""
@@ -96,7 +103,7 @@ class _Steered:
     def _on(self, device: torch.device) -> Tensor:
         if self.state is None or self.state.device != device:
             goal = self._strategy.share if self._strategy.share is not None else self._strategy.active
-            start = [_log_odds(self._strategy.rule().mass), 0.0, 0.0, goal]
+            start = [_log_odds(self._strategy.rule().mass), 0.0, 0.0, goal, self._position]
             # an inference tensor could not be changed in place outside of inference mode
             with torch.inference_mode(False):
                 known = torch.tensor(start, dtype=torch.float32) if self.state is None else self.state
@@ -107,15 +114,16 @@ class _Steered:
     def _move(self, state: Tensor, routing: Routing, active: Tensor) -> None:
         wanted = routing.wanted
         before, after = wanted.sum().float(), (wanted & active).sum().float()
-        odds, level, seen, goal = state.unbind()
+        odds, level, seen, goal, position = state.unbind()
         target = goal if self._strategy.share is None else goal * before
+        target = target + position * (before - target).clamp_min(0.0)
         level = torch.where(seen > 0, torch.lerp(level, target, _AVERAGED), target)
         # Divided by a mean, not by the step's own target: so steps of all sizes add up to the target.
         error = ((target - after) / level.clamp_min(1.0)).clamp(-1.0, 1.0)
         gain = (_FIRST_GAIN / (seen + 1.0)).clamp_min(self._strategy.gain)
         # Held at the ends: what cannot be reached is not saved up, to be overshot later.
         odds = (odds + gain * error).clamp(self._lowest, _HIGHEST)
-        moved = torch.stack([odds, level, (seen + 1.0).clamp_max(1000.0), goal])
+        moved = torch.stack([odds, level, (seen + 1.0).clamp_max(1000.0), goal, position])
         state.copy_(torch.where(routing.open_count > 0, moved, state))
 
 

@@ -62,7 +62,8 @@ class SglangAdapter:
         """Check the configuration.
 
         Raises:
-            ConfigError: It asks for what SGLang runs in its own way: experts, or speculative verification as decode.
+            ConfigError: It asks for what SGLang runs in its own way, experts or speculative verification as decode; or
+                for a time to be held.
         """
         if config.experts == "lynx":
             raise ConfigError(
@@ -73,6 +74,8 @@ class SglangAdapter:
                 f"max_decode_q={config.max_decode_q} has no meaning in SGLang, whose speculative verification is "
                 "always left exact; leave it out."
             )
+        if config.tpot_ms is not None:
+            raise ConfigError("tpot_ms cannot be held in SGLang yet, whose steps are not timed; leave it out.")
         shared, device, found = Shared(), _device(model), []
         for layer, selection in selections:
             rules = find_rules(layer.router, *_gate(model, layer.info.name), device)

@@ -41,9 +41,10 @@ from lynx.adapters.transformers.silence import StepEnds
 from lynx.adapters.transformers.step import stop_ids
 from lynx.adapters.transformers.without_cache import WithoutCache
 from lynx.config import Config
-from lynx.errors import AttachError
+from lynx.errors import AttachError, ConfigError
 from lynx.routing import Phase
 from lynx.selection import LayerSelection
+from lynx.tpot import TpotControl
 
 
 class TransformersAdapter:
@@ -89,6 +90,11 @@ class TransformersAdapter:
                         f"router {layer.info.name!r} is attached through another module; detach that one first "
                         "(lynx.detach). If this is a copy of an attached model, copy it while it is not attached."
                     )
+        if config.tpot_ms is not None and _is_parallel(model):
+            raise ConfigError(
+                "tpot_ms cannot hold a time under tensor or expert parallelism: each process would measure its own "
+                "and choose other experts than the rest; leave it out, and choose fixed targets."
+            )
         for layer, selection in pairs:
             selection.place(device_of(layer.router))  # it may refuse, while the strategy before is still on
         return TransformersInstallation(model, pairs, config.max_decode_q, experts, backends)
@@ -161,7 +167,8 @@ class TransformersInstallation:
             routers.setdefault(layer.site.backbone, []).append(hook)
         for name, hooks in routers.items():
             watch = None if any(hook.acts_on_prefill for hook in hooks) else WithoutCache()
-            self._before(modules[name], StepBegins(context, parameter_names(modules[name]), watch))
+            times = name == next(iter(routers))
+            self._before(modules[name], StepBegins(context, parameter_names(modules[name]), watch, times))
             answering = tuple(hook for hook in hooks if hook.answers is not None)
             self._after(modules[name], StepEnds(context, hooks, answering))
 
@@ -178,7 +185,7 @@ class TransformersInstallation:
         while self._handles:
             self._handles.pop().remove()
         self._remove_from_copies()
-        self._context.step = self._context.tokens = None
+        self._context.step = self._context.tokens = self._context.tpot = None
         torch.compiler.reset()
 
     def _remove_from_copies(self) -> None:
@@ -189,6 +196,10 @@ class TransformersInstallation:
                 if self.owns(hook):
                     del module._forward_hooks[key]
                     module._forward_hooks_with_kwargs.pop(key, None)
+
+    def time_by(self, tpot: TpotControl) -> None:
+        """Tell a control when decode steps begin."""
+        self._context.tpot = tpot
 
     @contextmanager
     def teacher_forced(self, prompt_columns: int) -> Iterator[None]:
@@ -218,6 +229,14 @@ class TransformersInstallation:
 def _may_run(layer: RouterLayer, selection: LayerSelection) -> bool:
     """Whether Lynx may run a layer's experts: under `exact`, a model that runs all of them goes on doing so."""
     return getattr(selection.bound, "name", "") != "exact" or not runs_all(layer.site.experts)
+
+
+def _is_parallel(model: nn.Module) -> bool:
+    """Whether other processes have parts of a model, and must choose as this one does."""
+    return any(
+        getattr(module, "_hf_tp_plan", None) is not None or getattr(module, "_is_expert_parallel", False)
+        for module in model.modules()
+    )
 
 
 def device_of(module: nn.Module) -> torch.device:

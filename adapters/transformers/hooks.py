@@ -22,6 +22,7 @@ from lynx.adapters.transformers.step import Step, read_step, stop_ids
 from lynx.adapters.transformers.without_cache import WithoutCache
 from lynx.routing import Routing
 from lynx.selection import LayerSelection
+from lynx.tpot import TpotControl
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class StepContext:
         paused: Let the model's own routing through.
         prompt_columns: Columns of prompt under teacher forcing, None outside of it.
         priorities: What the sequences are worth, None where all are alike.
+        tpot: What is told when steps begin, None where no time is to be held.
     """
 
     max_decode_q: int
@@ -45,6 +47,7 @@ class StepContext:
     paused: bool = False
     prompt_columns: int | None = None
     priorities: Priorities | None = None
+    tpot: TpotControl | None = None
 
 
 @dataclass(slots=True)
@@ -84,11 +87,13 @@ class StepBegins:
         context: Where the step goes.
         names: Of the forward's arguments, in order.
         without_cache: What looks for generation without a cache; None if the strategy acts on prefill as well.
+        times: Whether it tells when steps begin; one backbone of a model does.
     """
 
     context: StepContext
     names: tuple[str, ...]
     without_cache: WithoutCache | None = None
+    times: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Put the step into the context, or None where nothing is to be done."""
@@ -101,6 +106,14 @@ class StepBegins:
             if self.without_cache is not None and context.prompt_columns is None:
                 ids = arguments.get("input_ids")
                 self.without_cache.look(arguments, context.tokens if ids is None else ids)
+        # in this order: what compiled code reads is guarded on, and it has no clock
+        if not torch.compiler.is_compiling() and self.times and context.tpot is not None:
+            step = context.step
+            one_each = step is not None and not step.columns and step.sequences == step.role.numel()
+            if step is not None and one_each and not step.all_prefill:
+                context.tpot.begins(step.sequences)
+            else:
+                context.tpot.breaks()
 
 
 @dataclass(slots=True)

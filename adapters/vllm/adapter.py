@@ -20,6 +20,7 @@ from lynx.errors import AttachError, ConfigError
 from lynx.routing import WeightRule
 from lynx.selection import LayerSelection
 from lynx.strategy import LayerInfo
+from lynx.tpot import TpotControl
 
 LOOKED_FOR = "MoE layers of vLLM whose routers were made while Lynx was configured"
 
@@ -60,7 +61,8 @@ class VllmAdapter:
         """Check the configuration.
 
         Raises:
-            ConfigError: Lynx is asked to run the experts, which vLLM's own kernels do.
+            ConfigError: Lynx is asked to run the experts, which vLLM's own kernels do; or to hold a time on several
+                ranks.
             AttachError: This is not a whole model as vLLM loaded it.
         """
         if config.experts == "lynx":
@@ -72,6 +74,11 @@ class VllmAdapter:
             raise AttachError(
                 "this engine has captured CUDA graphs, which go on calling what was attached when it started; start it "
                 "with this strategy in its configuration, or with --enforce-eager."
+            )
+        if config.tpot_ms is not None and mine.ranks > 1:
+            raise ConfigError(
+                "tpot_ms cannot hold a time under tensor parallelism: each rank would measure its own and choose other "
+                "experts than the rest; leave it out, and choose fixed targets."
             )
         rows = StepRows(mine.width, mine.device, config.max_decode_q)
         found = []
@@ -91,6 +98,7 @@ class VllmInstallation:
     def __init__(self, layers: list[tuple[Any, Hook]], rows: StepRows, model: Watched) -> None:
         self._layers, self._rows, self._model = layers, rows, model
         self._numbers: list[int] = []
+        self._tpot: TpotControl | None = None
 
     @property
     def paused(self) -> bool:
@@ -103,7 +111,7 @@ class VllmInstallation:
 
     def start(self) -> None:
         """Give every router its hook."""
-        self._model.rows = self._rows
+        self._model.rows, self._model.tpot = self._rows, self._tpot
         for layer, hook in self._layers:
             hook.selection.place(_device(layer))
             self._numbers.append(len(hooks))
@@ -113,13 +121,17 @@ class VllmInstallation:
     def remove(self) -> None:
         """Take the hooks out; compiled code calls nothing any more, and captured graphs see padding alone."""
         self._rows.silent = True
-        self._model.rows = None
+        self._model.rows = self._model.tpot = None
         for layer, _ in self._layers:
             set_hook(layer.router)
         for number in self._numbers:
             retired.extend(filter(None, hooks[number : number + 1]))
             hooks[number] = None
         self._numbers.clear()
+
+    def time_by(self, tpot: TpotControl) -> None:
+        """Tell a control when decode steps begin."""
+        self._tpot = tpot
 
     def teacher_forced(self, prompt_columns: int) -> AbstractContextManager[None]:
         """Raise: an engine has no whole-sequence forward of this kind."""

@@ -48,6 +48,8 @@ class StepRows:
         votes: ``(width,)`` float32, what the votes of a row are worth; written like `kinds`.
         deciding: Whether a row is open in decode, as the host knows; True until a step was written.
         total: Rows of requests, 0 until a step was written.
+        tokens: How many rows are open, where the step brings each of its requests one token of decode: what it takes is
+            the time of an output token then. None for other steps.
     """
 
     def __init__(self, width: int, device: torch.device, max_decode_q: int = 1) -> None:
@@ -55,6 +57,7 @@ class StepRows:
         self.votes = torch.ones(width, dtype=torch.float32, device=device)
         self._weighed = False
         self.deciding, self.total = True, 0
+        self.tokens: int | None = None
         self._max_decode_q, self._silent = max_decode_q, False
 
     @property
@@ -70,6 +73,7 @@ class StepRows:
 
     def write(self, requests: Requests) -> None:
         """Write the step that comes next; does not wait for the device."""
+        self.tokens = None
         if self._silent:
             return
         kinds = np.zeros(tuple(self.kinds.shape), dtype=np.int8)
@@ -82,6 +86,8 @@ class StepRows:
         kinds[0, :rows] = np.repeat(roles, requests.scheduled)[:rows]
         kinds[1, :rows] = np.repeat(phases, requests.scheduled)[:rows]
         self.deciding = bool((decode & ~exact).any())
+        if (decode & (requests.scheduled == 1)).all():
+            self.tokens = int((~exact).sum())
         _put(kinds, self.kinds)
         if requests.priority is not None or self._weighed:
             votes = np.ones(len(self.votes), dtype=np.float32)

@@ -16,6 +16,7 @@ from lynx.adapters.vllm.requests import Wishes
 from lynx.adapters.vllm.rows import Requests, StepRows
 from lynx.errors import UnsupportedModelError
 from lynx.log import logger
+from lynx.tpot import TpotControl
 
 _MARK = "_lynx"
 
@@ -26,19 +27,22 @@ class Watched:
     Args:
         width: Most rows of a step.
         device: Where the model runs.
+        ranks: Processes that must choose alike (tensor parallelism).
 
     Attributes:
         wishes: What requests ask for.
         rows: Where the rows of a step are written for the strategy that is on; None while none is.
+        tpot: What is told when steps begin, None where no time is to be held.
         warming: Whether vLLM runs steps of its own making.
         captured: Whether CUDA graphs were captured, which go on calling the hooks of that time.
         told: Whether a step came by of which nothing had been told.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.width, self.device = width, device
+    def __init__(self, width: int, device: torch.device, ranks: int = 1) -> None:
+        self.width, self.device, self.ranks = width, device, ranks
         self.wishes = Wishes()
         self.rows: StepRows | None = None
+        self.tpot: TpotControl | None = None
         self.warming = self.captured = self.told = self.complained = False
 
 
@@ -77,7 +81,8 @@ def watch(model: nn.Module, engine: Any, device: torch.device) -> None:
     _wrap(kind, name, lambda prepare: _then_write(prepare, read))
     _wrap(kind, "execute_model", _then_complain)
     _wrap(Worker, "compile_or_warm_up_model", _while_warming)
-    watched[model] = Watched(engine.scheduler_config.max_num_batched_tokens, device)
+    ranks = getattr(engine.parallel_config, "tensor_parallel_size", 1)
+    watched[model] = Watched(engine.scheduler_config.max_num_batched_tokens, device, ranks)
 
 
 def _wrap(kind: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -98,9 +103,18 @@ def _then_write(prepare: Callable[..., Any], read: Callable[..., Requests]) -> C
             requests = read(self, scheduler_output, prepared, mine.wishes)
             if mine.rows is not None:
                 mine.rows.write(requests)
+                _tell(mine.tpot, mine.rows.tokens)
         return prepared
 
     return prepare_inputs
+
+
+def _tell(tpot: TpotControl | None, tokens: int | None) -> None:
+    """Have a step timed; where the engine prepares one while another runs, intervals are still as long on average."""
+    if tpot is not None and tokens is None:
+        tpot.breaks()
+    elif tpot is not None:
+        tpot.begins(tokens)
 
 
 def _then_complain(execute: Callable[..., Any]) -> Callable[..., Any]:

@@ -269,6 +269,12 @@ def test_configurations_that_mean_nothing_are_refused(configured, line, words):
         configured(f"strategy: {{name: exact}}\n{line}").load({})
 
 
+def test_a_time_to_hold_is_refused(configured):
+    """Nothing would time its steps."""
+    with pytest.raises(ConfigError, match="steps are not timed"):
+        configured("strategy: {name: target-active, share: 0.5}\ntpot_ms: 20").load({})
+
+
 def test_layers_that_route_in_another_way_are_told(configured, caplog):
     sglang = configured()
     runner = sglang.load({}, {})

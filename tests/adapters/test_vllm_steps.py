@@ -240,3 +240,51 @@ def test_a_model_inside_another_one_is_found(vllm):
     vllm.runner.model = torch.nn.Linear(1, 1)  # another model's steps are not ours
     vllm.prepare([1], [4], [3])
     assert watched[model].rows.kinds[0, :3].tolist() == [OPEN, OPEN, PADDING]
+
+
+HELD = {"lynx": {"strategy": {"name": "target-active", "share": 0.5}, "tpot_ms": 1000}}
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first runner", "second runner"])
+def test_a_time_is_held_from_the_configuration_alone(vllm, second):
+    """Steps that bring every request one token are timed, from one to the next; others are a break."""
+    vllm.config = engine(HELD)
+    vllm.config.use_v2_model_runner = second
+    model = vllm.load(SIZES)
+    handle, now = lynx.handle_of(model), [0.0]
+    handle.tpot._clock = lambda: now[0]
+    steps = []
+
+    def step(seconds, query=(1, 1, 1, 1), prompts=(1, 1, 1, 1), wishes=()):
+        vllm.prepare(list(query), [6] * len(query), list(prompts), wishes)
+        now[0] += seconds
+        steps.append(handle.tpot.steps)
+
+    step(0.5)
+    step(0.5)
+    step(0.5, query=[3, 1], prompts=[9, 1])  # a prefill is in it
+    step(0.5)
+    step(0.5)
+    step(0.5, query=[2, 1], prompts=[1, 1])  # drafts are verified
+    step(0.5)
+    with handle.paused():
+        step(0.5)
+        step(0.5)
+    step(0.5)
+    step(0.5, wishes=[{"lynx": "exact"}] * 3)  # one row is open, which selects nothing
+    step(9.0, query=[1], prompts=[1])
+    step(0.5, wishes=[{}] * 3)
+    assert steps == [0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3]
+    for _ in range(60):
+        step(0.5)
+    state = handle._selections[0].bound.state
+    assert (handle.tpot.position, state[4].item()) == (1.0, 1.0)
+    lynx.detach(model)
+    assert watched[model].tpot is None
+
+
+def test_a_time_is_not_held_on_several_ranks(vllm):
+    """Each has its own clock, and all must choose the same experts."""
+    vllm.config = engine(HELD, tensor_parallel_size=2)
+    with pytest.raises(lynx.ConfigError, match="tpot_ms cannot hold a time under tensor parallelism"):
+        vllm.load(SIZES)
