@@ -156,7 +156,33 @@ def strategies(engine, model, chosen, wish):
     seen = rows_of_exact_requests(model)
     with lynx.attach(model, wish["strategies"][-1]):
         mixed = generate(engine, chosen, exact=wish["exact_rows"])
-    return {"outcomes": outcomes, "stock": stock, "stock_active": stock_active, "mixed": mixed, "exact_rows": seen}
+    rest = {"mixed": mixed, "exact_rows": seen, "times": times_held(engine, model, chosen)}
+    return {"outcomes": outcomes, "stock": stock, "stock_active": stock_active} | rest
+
+
+def times_held(engine, model, chosen):
+    """Have a time held that every step keeps, then one that none does."""
+    import lynx
+
+    found = []
+    with lynx.attach(model, "target-active", share=0.5, floor=0.3, tpot_ms=1e6) as handle:
+        for target in (1e3, 1e-6):
+            handle.tpot.target, steps = target, handle.tpot.steps
+            generate(engine, chosen)  # the way from one end to the other
+            timed = handle.tpot.steps - steps
+            handle.reset()
+            generate(engine, chosen)
+            total = handle.report().total["decode"]
+            found.append(
+                {
+                    "timed": timed,
+                    "steps": total.steps,
+                    "position": handle.tpot.position,
+                    "measured": handle.tpot.measured,
+                    "share": total.active_after / total.active_before,
+                }
+            )
+    return found
 
 
 if __name__ == "__main__":

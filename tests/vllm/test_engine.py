@@ -74,6 +74,18 @@ def test_requests_may_ask_for_exact_routing(strategies):
     assert any(pruned[row] != strategies["stock"][row] for row in range(48))
 
 
+@pytest.mark.first
+def test_a_time_is_held_by_what_the_engines_steps_take(strategies):
+    """Where each step has time enough routing becomes exact, and where none has the configured target holds."""
+    slow, fast = strategies["times"]
+    assert (slow["position"], fast["position"]) == (1.0, 0.0)
+    assert slow["share"] > 0.95
+    assert 0.45 < fast["share"] < 0.6  # each step has experts of its own floor
+    for found in (slow, fast):
+        assert found["timed"] > 0.5 * found["steps"]  # not those in which a prompt is read
+        assert 1e-4 < found["measured"] < 10
+
+
 def test_compiled(offline, stock):
     """torch.compile traces through vLLM's CPU routers: the hook must be opaque to it, and no stale code be found."""
     compiled, _ = offline(engine={"enforce_eager": False})
