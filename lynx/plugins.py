@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 BUILT_IN = "lynx-moe"
 _BUILT_IN_PLUGINS = ("lynx.strategies", "lynx.adapters")
 _ADAPTER_PARTS = ("recognises", "discover", "prepare")
-_RESERVED_OPTIONS = frozenset({"strategy", "min_tokens", "max_decode_q", "layers", "experts", "evidence", "standins"})
+_RESERVED_OPTIONS = frozenset(
+    {"strategy", "min_tokens", "max_decode_q", "layers", "experts", "standins", "tpot_ms", "evidence"}
+)
 
 
 @dataclass(frozen=True, slots=True)
