@@ -10,8 +10,8 @@ import torch
 
 from lynx.attachment import attach
 from lynx.errors import ConfigError
-from lynx.measuring.batches import align
 from lynx.measuring.examples import Example
+from lynx.measuring.generation import generate
 from lynx.measuring.intervals import Estimate, wilson
 from lynx.measuring.subject import Subject
 
@@ -34,20 +34,12 @@ def answer(
         max_new_tokens: Longest answer.
         advance: Called after each batch.
     """
-    right, device = 0, subject.model.device
+    right = 0
     with attach(subject.model, setting, tpot_ms=None), torch.inference_mode():  # not by how fast this machine is
         for start in range(0, len(examples), batch):
             asked = examples[start : start + batch]
-            prompts = align([example.prompt for example in asked], [()] * len(asked), subject.pad_id)
-            tokens = subject.model.generate(
-                input_ids=prompts.ids.to(device),
-                attention_mask=prompts.mask.to(device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=subject.pad_id,
-            )
-            for example, row in zip(asked, tokens[:, prompts.prompt_columns :].tolist(), strict=True):
-                right += example.solved_by(subject.decode(_until_stop(row, subject.stop_ids)))
+            texts = generate(subject, [example.prompt for example in asked], max_new_tokens)
+            right += sum(example.solved_by(text) for example, text in zip(asked, texts, strict=True))
             advance()
     return wilson(right, len(examples))
 
@@ -63,8 +55,3 @@ def questions(examples: Sequence[Example], count: int, seed: int = 0) -> list[Ex
         raise ConfigError("no example has an `answer` to generate towards; leave generation out, or give answers.")
     random.Random(seed).shuffle(with_answer)
     return with_answer[:count]
-
-
-def _until_stop(row: Sequence[int], stop_ids: Sequence[int]) -> Sequence[int]:
-    ends = [row.index(stop) for stop in stop_ids if stop in row]
-    return row[: min(ends)] if ends else row
