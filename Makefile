@@ -106,7 +106,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet ".[plot,testing]" --group test
+	$(BIN)/pip install --quiet ".[plot,testing,lm-eval]" --group test
 	touch $@
 
 $(VENV)/.triton: $(VENV)/.ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -42,6 +43,13 @@ class Experts(StrEnum):
     auto = "auto"
     model = "model"
     lynx = "lynx"
+
+
+class Controls(StrEnum):
+    """What stands beside the settings asked for."""
+
+    all = "all"
+    exact = "exact"
 
 
 class Clock(StrEnum):
@@ -109,6 +117,7 @@ def inspect(
 
 @app.command(name="eval")
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder of a model with its tokenizer, or `reference`.")],
     data: Annotated[
         Path | None, typer.Option("--data", help="Text to measure on: .jsonl with one example a line, or plain text.")
@@ -125,16 +134,59 @@ def evaluate(
         int, typer.Option("--questions", min=0, help="Examples with an answer to generate for, in true batches.")
     ] = 0,
     max_new_tokens: MaxNewTokens = 128,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks", help="Tasks of lm-evaluation-harness or YAML files of such, as A,B. May be given again."
+        ),
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None, typer.Option("--include-path", help="Folder with tasks of your own. May be given again.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Most documents of a task.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option("--fewshot", min=0, help="Solved examples before each question of a task.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put prompts of tasks into the model's chat template.")
+    ] = False,
+    controls: Annotated[
+        Controls, typer.Option("--controls", help="exact leaves out all controls of tasks but exact routing.")
+    ] = Controls.all,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure what settings do to a model on your text, beside the controls."""
-    from lynx.cli.evaluate import run_eval
-    from lynx.measuring.evaluate import Protocol
+    """Measure what settings do to a model on your text or on benchmarks, beside the controls."""
+    from lynx.cli.invocation import given
 
     if not strategy:
         raise ConfigError("give at least one --strategy, for instance --strategy 'importance-threshold ratio=0.4'.")
+    of_text = ("data", "columns", "similar", "seeds", "batches", "questions")
+    of_tasks = ("include_path", "limit", "fewshot", "chat_template", "controls")
+    strangers = given(context, *(of_text if tasks else of_tasks))
+    if strangers:
+        raise ConfigError(f"{', '.join(strangers)} {'does not go with' if tasks else 'goes with'} --tasks.")
+    if tasks:
+        # read when tqdm is imported, which the harness uses: progress is for terminals, and this command has its own
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        from lynx.cli.tasks import run_tasks
+        from lynx.measuring.harness import TaskProtocol
+
+        task_protocol = TaskProtocol(
+            batch=batch,
+            limit=limit,
+            fewshot=fewshot,
+            chat=chat_template,
+            stress=stress,
+            max_new_tokens=max_new_tokens if given(context, "max_new_tokens") else None,
+            all_controls=controls is Controls.all,
+        )
+        run_tasks(model, tasks, include_path or [], strategy, ranges or [], task_protocol, (device, dtype), as_json)
+        return
+    from lynx.cli.evaluate import run_eval
+    from lynx.measuring.evaluate import Protocol
+
     protocol = Protocol(
         batch=batch,
         columns=columns,

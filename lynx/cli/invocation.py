@@ -22,3 +22,11 @@ def command_line(context: typer.Context) -> str:
             else:
                 words += [parameter.opts[0]] if each is True else [parameter.opts[0], str(each)]
     return shlex.join(words)
+
+
+def given(context: typer.Context, *names: str) -> list[str]:
+    """Return those of some options that stand on the command line, as they are written there."""
+    options = {str(parameter.name): parameter.opts[0] for parameter in context.command.params}
+    return [
+        options[name] for name in names if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
+    ]

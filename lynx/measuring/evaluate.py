@@ -124,7 +124,7 @@ def evaluate(
         UnsupportedModelError: No adapter can take the model.
     """
     protocol = protocol or Protocol()
-    rows = _all(subject, settings)
+    rows = with_controls(subject.model, settings)
     batches = protocol.batches(examples, subject.pad_id)
     asked = questions(examples, protocol.questions) if protocol.questions else []
     measured = measure(subject.model, batches, rows, lambda: advance("text"), protocol.stress)
@@ -149,13 +149,14 @@ def evaluate(
 
 def rounds(subject: Subject, examples: Sequence[Example], settings: Sequence[Config], protocol: Protocol) -> int:
     """How often :func:`evaluate` calls ``advance``."""
-    count = len(_all(subject, settings))
+    count = len(with_controls(subject.model, settings))
     asked = len(questions(examples, protocol.questions)) if protocol.questions else 0
     return count * (len(protocol.batches(examples, subject.pad_id)) + -(-asked // protocol.batch))
 
 
-def _all(subject: Subject, settings: Sequence[Config]) -> list[Config]:
-    layers = discover(subject.model).layers
+def with_controls(model: Any, settings: Sequence[Config]) -> list[Config]:
+    """The settings asked for, then the controls that are not among them."""
+    layers = discover(model).layers
     beside = controls(settings, min(layer.info.top_k for layer in layers if not layer.refused))
     return [*settings, *(control for control in beside if control not in settings)]
 

@@ -1,8 +1,13 @@
-"""A tiny model to time."""
+"""A tiny model to time; `harness_files` is imported by its bare name."""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
