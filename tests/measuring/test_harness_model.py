@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from harness_files import write_tasks
 from lm_eval.api.instance import Instance
 
@@ -80,7 +81,10 @@ def test_sampling_is_the_same_in_every_run(subject):
         ("One and one is ", {"temperature": 2.0, "max_gen_toks": 6}),
         ("Two ", {"temperature": 2.0, "max_gen_toks": 6}),
     ]
-    found = [HarnessModel(subject, EXACT).generate_until(requests("generate_until", sampled)) for _ in range(2)]
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(HarnessModel(subject, EXACT).generate_until(requests("generate_until", sampled)))
     assert found[0] == found[1]
     assert found[0] != generate(subject, [subject.encode(text) for text, _ in sampled], 6)
 
@@ -106,11 +110,13 @@ def test_solved_examples_and_templates_reach_the_prompts(subject, asked, tmp_pat
     tasks = load_tasks([str(write_tasks(tmp_path, 6)["made_of_problems"])])
     chatty = replace(subject, template=lambda messages: "".join(f"[{each['content']}]" for each in messages))
     few = TaskProtocol(limit=3, fewshot=2, all_controls=False, chat=True)
-    conditions = evaluate_tasks(chatty, tasks, [EXACT], few).conditions
+    settings = [EXACT, resolve_config("batch-union", {"top": 1})]  # examples are drawn anew, and the same, for each
+    conditions = evaluate_tasks(chatty, tasks, settings, few).conditions
     assert conditions["tasks"]["made_of_problems"]["fewshot"] == 2
     assert [prompt.count("[Problem: ") for prompt in asked[0][0]] == [3, 3, 3]
+    assert asked[0][0] == asked[1][0]
     bare = evaluate_tasks(
         subject, load_tasks([str(tmp_path / "made_of_problems.yaml")]), [EXACT], TaskProtocol(limit=3)
     )
-    assert [prompt.count("Problem: ") for prompt in asked[1][0]] == [1, 1, 1]
+    assert [prompt.count("Problem: ") for prompt in asked[2][0]] == [1, 1, 1]
     assert bare.conditions["data"] != conditions["data"]
