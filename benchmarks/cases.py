@@ -12,13 +12,13 @@ from timing import Contender, measure, ratio
 from torch import Tensor
 
 import lynx
-from lynx.kernels import choose_backend, run_experts
+from lynx.kernels import add_standins, choose_backend, run_experts
 from lynx.kernels.plan import Plan
 from lynx.kernels.tune import generation_of
 from lynx.selection import LayerSelection
 from lynx.strategy import LayerInfo
 
-OURS = ("layer", "route", "experts")
+OURS = ("layer", "route", "experts", "standins")
 
 
 class Case:
@@ -37,6 +37,7 @@ class Case:
         self.budgets = [max(1, round(fraction * batch.active)) for batch in batches]
         self.selections = [self._selection(layer, budget) for layer, budget in zip(layers, self.budgets, strict=True)]
         self.chosen = [select(batch.routing) for select, batch in zip(self.selections, batches, strict=True)]
+        self.lost = [(chosen.lost_ids, chosen.lost_weights) for chosen in self.chosen]
         self.active = statistics.mean(self._awake(copy) for copy in range(len(layers)))
         self.contenders = self._contenders()
 
@@ -59,7 +60,7 @@ class Case:
         return chosen.ids[chosen.weights != 0].unique().numel()
 
     def _contenders(self) -> list[Contender]:
-        calls = {"layer": self._layer, "route": self._route, "experts": self._experts}
+        calls = {"layer": self._layer, "route": self._route, "experts": self._experts, "standins": self._standins}
         ours = [Contender(self._key(name), call) for name, call in calls.items()]
         peers = []
         for name, run in PEERS.items():
@@ -87,6 +88,10 @@ class Case:
     def _experts(self, copy: int) -> Tensor:
         batch, chosen = self.batches[copy], self.chosen[copy]
         return run_experts(batch.hidden, chosen.ids, chosen.weights, self.layers[copy].weights, plan=chosen.plan)
+
+    def _standins(self, copy: int) -> Tensor:
+        batch, (ids, weights) = self.batches[copy], self.lost[copy]
+        return add_standins(batch.hidden, batch.hidden, ids, weights, self.layers[copy].standins)
 
     def _check(self, call: Any) -> str:
         """Compare a peer's output with Lynx's: times of different results say nothing."""
@@ -125,6 +130,8 @@ class Case:
             "contenders": {name: contender.figures() for name, contender in by_name.items()},
             "layer_by_floor": {key: value / floor for key, value in layer_us.items()} if layer_us else None,
             "layer_by_full": ratio(by_name["layer"], full.contenders[0]),
+            "lost": statistics.mean(int((weights != 0).sum()) for _, weights in self.lost),
+            "standins_by_layer": ratio(by_name["standins"], by_name["layer"]),
             "best_peer": best,
             "layer_by_best_peer": ratio(by_name["layer"], by_name[best]) if best else None,
         }

@@ -18,11 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lynx.kernels import ExpertWeights
+from lynx.kernels import ExpertWeights, StandInWeights
 from lynx.kernels.gates import recognise
 from lynx.routing import Phase, Role, Routing, WeightRule
 
 Kind = Literal["skewed", "uniform"]
+RANK = 8  # of stand-ins
 POPULARITY, TOPIC = 0.5, 0.5
 
 
@@ -94,12 +95,14 @@ class Layer:
         module: transformers' own experts module.
         weights: The same weights as Lynx takes them.
         popularity: `(E,)`, see above.
+        standins: Stand-ins of rank `RANK`, random: what they answer is of no use, how long they take is.
     """
 
     shape: Shape
     module: Any
     weights: ExpertWeights
     popularity: Tensor
+    standins: StandInWeights
 
     @property
     def expert_bytes(self) -> int:
@@ -137,7 +140,9 @@ def make_layer(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
         setattr(module, name, nn.Parameter(values, requires_grad=False))
     weights = expert_weights(module, recognise(module._apply_gate, shape.I, gated=True, device=device))
     popularity = torch.randn(shape.E, generator=torch.Generator().manual_seed(seed))
-    return Layer(shape, module, weights, popularity)
+    sizes_of = (shape.E, RANK, shape.H), (shape.E, RANK, shape.H), (shape.E, shape.H)
+    parts = [torch.empty(size, dtype=dtype, device=device).normal_(0, 0.02, generator=generator) for size in sizes_of]
+    return Layer(shape, module, weights, popularity, StandInWeights(*parts))
 
 
 @dataclass(slots=True)

@@ -54,6 +54,11 @@ TARGETS = (
         lambda row: _median(row["layer_by_full"]),
         lambda row: _decode(row) and row["fraction"] == 0.5,
     ),
+    Target(
+        "stand-ins by layer, T = 16, Qwen3-30B-A3B at half the experts", 0.05, "standins",
+        lambda row: _median(row["standins_by_layer"]),
+        lambda row: row["T"] == 16 and row["shape"] == "Qwen3-30B-A3B" and row["fraction"] == 0.5,
+    ),
 )  # fmt: skip
 
 

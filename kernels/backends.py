@@ -128,6 +128,30 @@ def try_kernels(device: torch.device) -> str:
     return _trials[device]
 
 
+def try_at_first_call(device: torch.device) -> None:
+    """Do what `try_kernels` does, for what was not tried at attach: not while a graph is traced or captured."""
+    if torch.compiler.is_compiling() or device in _trials or why_no_kernels(device):
+        return
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        try_kernels(device)
+
+
+def why_no_kernels(device: torch.device) -> str:
+    """Say in a few words why Lynx's kernels do not run on a device, whatever they are given; empty if they do."""
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if device.type == "cuda":
+        if torch.version.hip is None and capability_of(device) < (8, 0):
+            return f"the kernels need compute capability 8.0, this device has {capability_of(device)}"
+    elif device.type != "cpu":
+        return f"the kernels do not run on {device.type}"
+    elif not interpreted():
+        return "the kernels need a GPU (or TRITON_INTERPRET=1, which is slow)"
+    if failure := _trials.get(device):
+        return failure
+    return ""
+
+
 def capability_of(device: torch.device) -> tuple[int, int]:
     """Return a card's compute capability; torch looks it up anew each time, which takes as long as all else here."""
     if torch.compiler.is_compiling():  # which takes torch's answer for a constant, and would trace what is remembered
@@ -206,17 +230,8 @@ def _why_not_grouped(experts: ExpertWeights) -> str:
 def _why_not_triton(experts: ExpertWeights) -> str:
     up, down, gate = experts.gate_up, experts.down, experts.gate
     device = down.device
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    if device.type == "cuda":
-        if torch.version.hip is None and capability_of(device) < (8, 0):
-            return f"the kernels need compute capability 8.0, this device has {capability_of(device)}"
-    elif device.type != "cpu":
-        return f"the kernels do not run on {device.type}"
-    elif not interpreted():
-        return "the kernels need a GPU (or TRITON_INTERPRET=1, which is slow)"
-    if failure := _trials.get(device):
-        return failure
+    if reason := why_no_kernels(device):
+        return reason
     if experts.post_norm is not None:
         return "each expert's output is normed before it is weighted"
     if type(up) not in _PLAIN or type(down) not in _PLAIN:

@@ -23,7 +23,17 @@ Settings = Mapping[str, int]
 
 DEFAULT = "default"
 GENERATIONS = ("cuda_80", "cuda_90", "cuda_100", "hip_gfx942", DEFAULT)
-KERNELS = ("gate_up", "gate_up_float32", "down", "down_float32", "combine", "plan", "route")
+KERNELS = (
+    "gate_up",
+    "gate_up_float32",
+    "down",
+    "down_float32",
+    "combine",
+    "plan",
+    "route",
+    "standin_inner",
+    "standin_outer",
+)
 
 
 @cache

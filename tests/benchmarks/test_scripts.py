@@ -29,7 +29,7 @@ def test_kernels(toys: Path, read: Any) -> None:
     assert rest[0]["layout"] == "input first, biased"
     for row in result["rows"]:
         timed = {name for name, figures in row["contenders"].items() if "us" in figures}
-        assert timed >= {"layer", "route", "experts", "grouped_mm"}
+        assert timed >= {"layer", "route", "experts", "standins", "grouped_mm"}
         assert row["timed"]
         assert "not available here" in row["contenders"]["vllm_fused"]["refused"]
         copied = row["bandwidth_gb_per_s"]["copy"] * 1e3
@@ -37,6 +37,8 @@ def test_kernels(toys: Path, read: Any) -> None:
         assert row["best_peer"] in ("grouped_mm", "batched_mm")
         assert (row["experts_run_by"], row["route_run_by"]) == ("loop", "torch")
         assert row["route_why"]
+        assert (row["lost"] > 0) == (row["fraction"] < 1)
+        assert row["standins_by_layer"]["median"] > 0
 
 
 def test_kernels_go_on_with_their_file(toys: Path, run: Any, read: Any, tmp_path: Path) -> None:

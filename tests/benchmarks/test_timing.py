@@ -92,18 +92,24 @@ def row(T: int, fraction: float, layer: float, route: float, shape: str = "Qwen3
         "layer_by_full": {"median": fraction + 0.1},
         "layer_by_best_peer": {"median": layer - 0.3},
         "best_peer": "grouped_mm",
-        "contenders": {"layer": {"how": "graph"}, "route": {"us": {"median": route}, "how": "graph"}},
+        "standins_by_layer": {"median": fraction / 12},
+        "contenders": {
+            "layer": {"how": "graph"},
+            "route": {"us": {"median": route}, "how": "graph"},
+            "standins": {"how": "graph"},
+        },
     }
 
 
 def test_targets(benchmarks: Any) -> None:
     rows = [row(16, 1.0, 1.2, 5.0), row(32, 1.0, 1.1, 9.0), row(16, 0.5, 9.0, 7.0), row(256, 1.0, 9.0, 9.0)]
     rows += [row(16, 1.0, 1.0, 1.0, "DeepSeek-V3")]
-    floor, route, peer, half = benchmarks.targets.reached(rows)
+    floor, route, peer, half, standins = benchmarks.targets.reached(rows)
     assert (floor["rows"], floor["reached"], floor["worst"]["value"]) == (2, 1, 1.2)
     assert (route["rows"], route["reached"], route["worst"]["value"]) == (3, 2, 7.0)
     assert (peer["rows"], peer["reached"], peer["worst"]["T"]) == (4, 3, 256)
     assert (half["rows"], half["reached"]) == (1, 0)
+    assert (standins["rows"], standins["reached"], standins["worst"]["value"]) == (1, 1, 0.5 / 12)
     assert benchmarks.targets.reached([])[0]["worst"] is None
 
 
@@ -113,7 +119,7 @@ def test_a_row_without_a_replayed_time_has_not_reached_its_target(benchmarks: An
     failed["contenders"] = {name: {"refused": "out of memory"} for name in failed["contenders"]}
     failed |= {"layer_by_floor": None, "layer_by_full": None, "layer_by_best_peer": None}
     alone |= {"best_peer": "", "layer_by_best_peer": None}
-    floor, route, peer, _ = benchmarks.targets.reached([launched, failed, alone])
+    floor, route, peer, *_ = benchmarks.targets.reached([launched, failed, alone])
     assert (floor["rows"], floor["reached"], floor["not_replayed"]) == (3, 1, 2)
     assert (route["rows"], route["reached"]) == (1, 1)  # the selection of T = 16 was replayed
     assert (peer["rows"], peer["reached"], peer["not_replayed"]) == (2, 0, 2)  # one has no peer to be held to

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from lynx.kernels import tune
-from lynx.kernels.fused import launch, shipped
+from lynx.kernels.fused import launch, launch_standins, shipped, shipped_standins
 
 pytestmark = pytest.mark.kernel
 POWERS = {2**n for n in range(1, 15)}
 PROJECTION = {"block_m", "block_n", "block_k", "num_warps", "num_stages", "programs_per_processor"}
+TILE = {"tile", "num_warps"}
 KEYS = {
     **dict.fromkeys(("gate_up", "gate_up_float32", "down", "down_float32"), PROJECTION),
     "combine": {"block_h", "num_warps"},
-    "plan": {"tile", "num_warps"},
+    **dict.fromkeys(("plan", "standin_inner", "standin_outer"), TILE),
 }
-PER_CALL = {"k", "S"}
+PER_CALL = {"k", "S", "r"}
 """Numbers on which no kernel is specialised."""
 
 
@@ -144,6 +145,43 @@ def test_what_is_shipped_is_what_is_launched(monkeypatch, generation: str, layer
             assert matching, (name, tokens)
             used.update(matching)
     assert {f"gate_up/{layer.name}/tokens{row['up_to']}" for row in rows} <= used
+
+
+@pytest.mark.parametrize("generation", [g for g in tune.GENERATIONS if g != "default"])
+@pytest.mark.parametrize("case", shipped_standins._CASES, ids=lambda case: case.name)
+def test_stand_ins_are_launched_as_shipped(monkeypatch, generation: str, case) -> None:
+    monkeypatch.setattr(tune, "generation_of", lambda device: generation)
+    recorders = {name: Recorder() for name in ("standin_inner_kernel", "standin_outer_kernel")}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(launch_standins, name, recorder)
+    configurations = list(shipped.shipped(generation.replace("_", ":")))
+    own, host = shipped._DTYPES[case.standins], shipped._DTYPES[case.host]
+
+    def meta(*shape: int, dtype: torch.dtype = own) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    used = set()
+    for tokens in (1, *(row["up_to"] for row in tune.table(generation)["standin_outer"])):
+        rows, slots = meta(tokens, case.H, dtype=host), meta(tokens, case.k, dtype=host)
+        ids, weight = slots.to({"i64": torch.int64, "i32": torch.int32}[case.ids]), meta(case.E, case.r, case.H)
+        done = launch_standins.run(rows, rows, ids, slots, weight, weight, meta(case.E, case.H))
+        assert (done.shape, done.dtype) == (rows.shape, host)
+        for name, recorder in recorders.items():
+            ours = [c for c in configurations if c.kernel.fn.__name__ == name and fits(c, recorder)]
+            matching = [c.name for c in ours if types_fit(c, recorder)]
+            assert matching, (name, tokens)
+            used.update(matching)
+    for kernel in ("standin_inner", "standin_outer"):
+        for row in tune.table(generation)[kernel]:
+            assert f"{kernel}/{case.name}/tokens{row['up_to']}" in used
+
+
+def types_fit(configuration, recorder: Recorder) -> bool:
+    """Whether the tensors of a launch have the types of a configuration."""
+    given = dict(zip(configuration.kernel.arg_names, recorder.args, strict=False))
+    names = {"i64": torch.int64, "i32": torch.int32, **shipped._DTYPES}
+    kinds = {name: kind for name, kind in configuration.signature.items() if kind.startswith("*")}
+    return all(given[name].dtype == names[kind[1:].partition(":")[0]] for name, kind in kinds.items())
 
 
 def test_signatures_name_every_argument_in_order() -> None:
