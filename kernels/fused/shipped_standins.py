@@ -25,14 +25,14 @@ class _Case(NamedTuple):
 
 
 _CASES = (
-    *(_Case(f"qwen3/rank{r}", 128, 8, 2048, r) for r in (4, 8, 16, 64)),
-    _Case("qwen3/fp32", 128, 8, 2048, 8, "fp32", "fp32"),
-    _Case("qwen3/mixed", 128, 8, 2048, 8, "fp32", "bf16", "i32"),
-    *(_Case(f"gpt_oss/rank{r}", 128, 4, 2880, r) for r in (8, 16)),
-    _Case("mixtral/rank16", 8, 2, 4096, 16),
-    _Case("slots16/rank8", 512, 16, 2048, 8),
-    _Case("small/rank4", 32, 4, 256, 4, "fp32", "fp32"),
-    _Case("ragged/rank8", 64, 6, 1030, 8),
+    *(_Case(f"rank{r}/qwen3", 128, 8, 2048, r) for r in (4, 8, 16, 64)),
+    _Case("rank8/qwen3/fp32", 128, 8, 2048, 8, "fp32", "fp32"),
+    _Case("rank8/qwen3/mixed", 128, 8, 2048, 8, "fp32", "bf16", "i32"),
+    *(_Case(f"rank{r}/gpt_oss", 128, 4, 2880, r) for r in (8, 16)),
+    _Case("rank16/mixtral", 8, 2, 4096, 16),
+    _Case("rank8/slots16", 512, 16, 2048, 8),
+    _Case("rank4/small", 32, 4, 256, 4, "fp32", "fp32"),
+    _Case("rank8/ragged", 64, 6, 1030, 8),
 )
 
 
