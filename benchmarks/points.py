@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from layers import Layer, make_batch
 
 Settings = dict[str, int]
@@ -24,11 +25,17 @@ class Point:
         self.plans = [launch.plan(batch.ids, batch.weights, self.E) for batch in self.batches]
         self.inner = [self.gate_up(copy, None) for copy in copies]
         self.rows = [self.down(copy, None) for copy in copies]
+        # of each token the lighter half of its slots is lost; one of one
+        late = torch.arange(self.k, device=self.batches[0].weights.device) >= self.k // 2
+        self.lost = [batch.weights * late for batch in self.batches]
+        self.projected = [self.standin_inner(copy, None) for copy in copies]
         self.calls: dict[str, Callable[[int, Settings], Any]] = {
             "gate_up": self.gate_up,
             "down": self.down,
             "combine": self.combine,
             "plan": self.plan,
+            "standin_inner": self.standin_inner,
+            "standin_outer": self.standin_outer,
         }
 
     def gate_up(self, copy: int, chosen: Settings | None) -> Any:
@@ -60,6 +67,20 @@ class Point:
         from lynx.kernels.fused import launch
 
         return launch.plan(self.batches[copy].ids, self.batches[copy].weights, self.E, chosen)
+
+    def standin_inner(self, copy: int, chosen: Settings | None) -> Any:
+        """Likewise."""
+        from lynx.kernels.fused import launch_standins
+
+        batch, own = self.batches[copy], self.layers[copy].standins
+        return launch_standins.inner(batch.hidden, batch.ids, self.lost[copy], own.inner, chosen)
+
+    def standin_outer(self, copy: int, chosen: Settings) -> Any:
+        """Likewise."""
+        from lynx.kernels.fused import launch_standins
+
+        batch, own, rows = self.batches[copy], self.layers[copy].standins, self.projected[copy]
+        return launch_standins.outer(batch.hidden, batch.ids, self.lost[copy], rows, own.outer, own.bias, chosen)
 
 
 def points_of(all_points: list[Point], above: int, up_to: int, most: int) -> list[Point]:

@@ -1,4 +1,6 @@
-"""Find launch settings of the experts' kernels on the card at hand, and write a file of `kernels/configs` with them.
+"""Find launch settings of the kernels on the card at hand, and write a file of `kernels/configs` with them.
+
+Those are the experts' kernels and the stand-ins'.
 
 For each kernel and each load in the present file, settings are varied one after another, from those of the present file
 on, and the best stays: as long as anything gains a hundredth, twice round at most. `--search grid` tries every
@@ -57,6 +59,8 @@ GRID: dict[str, dict[str, tuple[int, ...]]] = {
     "down": PRODUCT,
     "combine": {"block_h": (256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8)},
     "plan": {"tile": (1024, 2048, 4096, 8192, 16384), "num_warps": (4, 8, 16)},
+    "standin_inner": {"tile": (2048, 4096, 8192, 16384), "num_warps": (4, 8, 16)},
+    "standin_outer": {"tile": (512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8)},
 }
 TOY = Shape("toy", "mixtral", 8, 2, 64, 32, WeightRule(), "num_local_experts", "intermediate_size", 1)
 
@@ -172,7 +176,7 @@ def main(
     shapes: str = typer.Option(
         "Qwen3-30B-A3B,OLMoE-1B-7B,Mixtral-8x7B,gpt-oss-120b", help="Names with commas between them."
     ),
-    kernels: str = typer.Option("gate_up,down,combine,plan", help="What to tune."),
+    kernels: str = typer.Option("gate_up,down,combine,plan,standin_inner,standin_outer", help="What to tune."),
     loads: str = typer.Option("", help="Which loads, by their `up_to`; all where empty."),
     search: str = typer.Option("steps", help="steps: one setting after another; grid: all combinations."),
     rounds: int = typer.Option(9, min=1, help="Interleaved rounds of each comparison."),
@@ -185,7 +189,7 @@ def main(
     ),
     dry_run: bool = typer.Option(False, "--dry-run", help="List candidates, and run on a toy in the interpreter."),
 ) -> None:
-    """Tune the launch settings of the experts' kernels."""
+    """Tune the launch settings of the experts' and the stand-ins' kernels."""
     budget, wanted, names = Budget(minutes), words(kernels, GRID, "kernel"), words(shapes, SHAPES, "shape")
     thorough = words(search, ("steps", "grid"), "search") == ["grid"]
     code(other_code, (".py",))  # the launch settings are what this changes

@@ -14,7 +14,15 @@ ROOT = Path(__file__).parents[2]
 def test_dry_run(run: Any, read: Any, tmp_path: Path) -> None:
     out = tmp_path / "tuned.json"
     pytest.importorskip("triton")
-    words = ["--dry-run", "--kernels", "down,plan", "--loads", "4,256", "--out", str(out)]
+    words = [
+        "--dry-run",
+        "--kernels",
+        "down,plan,standin_inner,standin_outer",
+        "--loads",
+        "4,64,256",
+        "--out",
+        str(out),
+    ]
     done = run("tune.py", *words, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     tuned, shipped = read(out), read(ROOT / "kernels" / "configs" / "default.json")
@@ -22,7 +30,8 @@ def test_dry_run(run: Any, read: Any, tmp_path: Path) -> None:
     assert tuned["measured"] is False
     assert tuned["made"].startswith(shipped["made"])
     assert "dry run" in tuned["made"]
-    assert tuned["made"].endswith("down (loads up to 4), plan (loads up to 256).")
+    loads = {"down": 4, "plan": 256, "standin_inner": 64, "standin_outer": 64}
+    assert tuned["made"].endswith(", ".join(f"{name} (loads up to {load})" for name, load in loads.items()) + ".")
     assert tuned.keys() == shipped.keys()
     for name, rows in shipped.items():
         if isinstance(rows, list):
