@@ -11,8 +11,10 @@ import torch
 from pydantic import Field, field_serializer
 from torch import Tensor
 
+from lynx.counters import as_tensors_name
 from lynx.errors import ConfigError
-from lynx.kernels.standins import StandInWeights, add_standins
+from lynx.kernels.backends import requested, try_at_first_call
+from lynx.kernels.standins import StandInWeights, add_standins, why_not_standins
 from lynx.rerouting import Rerouted
 from lynx.routing import Routing
 from lynx.standins_file import StandInLayer
@@ -82,10 +84,18 @@ class LayerStandIns:
         self.complete = bool(layer.known.all())
 
     def place(self, device: torch.device) -> None:
-        """Put them on a device."""
+        """Put them on a device.
+
+        Raises:
+            ConfigError: ``LYNX_KERNELS`` asks for Triton, which cannot run there.
+        """
+        if device.type == "cuda":
+            try_at_first_call(as_tensors_name(device))
         with torch.inference_mode(False):  # inference tensors could not be used outside of inference mode
             parts = (part.to(device) for part in (self.weights.inner, self.weights.outer, self.weights.bias))
             self.weights, self.known = StandInWeights(*parts), self.known.to(device)
+        if requested() == "triton" and (reason := why_not_standins(self.weights)):
+            raise ConfigError(f"LYNX_KERNELS=triton, but stand-ins cannot run on it: {reason}.")
 
     def answer(self, routing: Routing, result: Rerouted) -> Rerouted:
         """Say how much of each lost slot its stand-in answers; static shapes, no wait for the device.
