@@ -113,15 +113,17 @@ class Report:
         table = Table(title=f"lynx: {_describe(self.strategy)} (experts: {self.experts})", title_justify="left")
         for column in ("layer", "phase"):
             table.add_column(column)
-        for column in ("steps", "open", "exact", "padding", "active", "after", "kept mass", "worst", "fallbacks"):
+        stood_in = bool(self.total["decode"].answered_mass_most or self.total["prefill"].answered_mass_most)
+        mass = ("kept mass", "worst", *(("stood in", "most") if stood_in else ()))
+        for column in ("steps", "open", "exact", "padding", "active", "after", *mass, "fallbacks"):
             table.add_column(column, justify="right")
         for layer in self.layers:
-            for cells in _rows(layer.phases, layer.failures):
+            for cells in _rows(layer.phases, layer.failures, stood_in):
                 table.add_row(layer.name, *cells)
         if self.total["decode"].steps == 0:
             table.caption = "no decode step was seen: generation without a cache has none"
         table.add_section()
-        for cells in _rows(self.total, self.failures):
+        for cells in _rows(self.total, self.failures, stood_in):
             table.add_row("all layers", *cells, style="bold")
         return table
 
@@ -186,14 +188,15 @@ def _phase(parts: list[tuple[LayerInfo, PhaseCounts]]) -> PhaseReport:
     )
 
 
-def _rows(phases: dict[str, PhaseReport], failures: int) -> list[list[str]]:
+def _rows(phases: dict[str, PhaseReport], failures: int, stood_in: bool) -> list[list[str]]:
     """Return the cells of every phase that was seen; failures are not counted by phase and stand in the last one."""
     seen = [(name, phase) for name, phase in phases.items() if phase.steps]
-    return [_cells(name, phase, failures if name == seen[-1][0] else 0) for name, phase in seen]
+    return [_cells(name, phase, failures if name == seen[-1][0] else 0, stood_in) for name, phase in seen]
 
 
-def _cells(name: str, phase: PhaseReport, failures: int) -> list[str]:
-    mean, worst = phase.kept_mass_mean, phase.kept_mass_worst
+def _cells(name: str, phase: PhaseReport, failures: int, stood_in: bool) -> list[str]:
+    shares = [phase.kept_mass_mean, phase.kept_mass_worst]
+    shares += [phase.answered_mass_mean, phase.answered_mass_most] if stood_in else []
     return [
         name,
         str(phase.steps),
@@ -202,8 +205,7 @@ def _cells(name: str, phase: PhaseReport, failures: int) -> list[str]:
         str(phase.padding_rows),
         f"{phase.active_before:.2f}",
         f"{phase.active_after:.2f}",
-        "-" if mean is None else f"{mean:.4f}",
-        "-" if worst is None else f"{worst:.4f}",
+        *("-" if share is None else f"{share:.4f}" for share in shares),
         str(phase.unsound_rows + failures),
     ]
 

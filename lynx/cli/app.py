@@ -29,6 +29,9 @@ Settings = Annotated[
 Ranges = Annotated[
     list[str] | None, typer.Option("--sweep", help="An option to go through, option=from:to or option=from:to:count.")
 ]
+WithStandIns = Annotated[
+    Path | None, typer.Option("--standins", help="File of `lynx calibrate`: every setting is measured with it, too.")
+]
 Similar = Annotated[bool, typer.Option("--similar", help="Batches of one domain each, not mixed.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How often batches are formed anew.")]
 Batches = Annotated[int | None, typer.Option("--batches", min=1, help="Most batches of a seed.")]
@@ -124,6 +127,7 @@ def evaluate(
     ] = None,
     strategy: Settings = None,
     ranges: Ranges = None,
+    standins: WithStandIns = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences of a decode batch.")] = 16,
     columns: Annotated[int, typer.Option("--columns", min=2, help="Decode steps of each batch.")] = 64,
     similar: Similar = False,
@@ -182,7 +186,8 @@ def evaluate(
             max_new_tokens=max_new_tokens if given(context, "max_new_tokens") else None,
             all_controls=controls is Controls.all,
         )
-        run_tasks(model, tasks, include_path or [], strategy, ranges or [], task_protocol, (device, dtype), as_json)
+        asked = strategy, ranges or [], standins
+        run_tasks(model, tasks, include_path or [], *asked, task_protocol, (device, dtype), as_json)
         return
     from lynx.cli.evaluate import run_eval
     from lynx.measuring.evaluate import Protocol
@@ -197,7 +202,7 @@ def evaluate(
         questions=questions,
         max_new_tokens=max_new_tokens,
     )
-    run_eval(model, data, strategy, ranges or [], protocol, (device, dtype), as_json)
+    run_eval(model, data, strategy, ranges or [], standins, protocol, (device, dtype), as_json)
 
 
 @app.command()

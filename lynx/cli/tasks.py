@@ -28,6 +28,7 @@ def run_tasks(
     include: Sequence[Path],
     strategies: list[str],
     ranges: list[str],
+    standins: Path | None,
     protocol: TaskProtocol,
     place: tuple[str | None, str],
     as_json: bool,
@@ -36,7 +37,7 @@ def run_tasks(
     wanted = [name.strip() for given in names for name in given.split(",") if name.strip()]
     if not wanted:
         raise ConfigError("--tasks names no task; write for instance --tasks gsm8k,mine.yaml.")
-    settings = settings_of(strategies, ranges)
+    settings = settings_of(strategies, ranges, standins)
     tasks = load_tasks(wanted, include)
     subject = load_subject(model, True, *place)
     with progress_bar(rounds(subject, tasks, settings, protocol)) as advance:

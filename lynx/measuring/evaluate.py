@@ -61,6 +61,8 @@ class Row:
         layers: `active_after` by layer.
         kept_mass_mean: Mean share of a token's own weight that was kept.
         kept_mass_worst: The worst token's share.
+        answered_mass_mean: Mean share of a token's own weight that stand-ins answered for.
+        answered_mass_most: The largest share of any token.
         kl: KL(exact || policy) in nats per token.
         rise: Rise of the cross-entropy in nats per token.
         agreement: Share of places where both find the same token likeliest.
@@ -75,6 +77,8 @@ class Row:
     layers: tuple[float, ...]
     kept_mass_mean: float
     kept_mass_worst: float
+    answered_mass_mean: float
+    answered_mass_most: float
     kl: Estimate
     rise: Estimate
     agreement: Estimate
@@ -171,6 +175,8 @@ def _row(setting: Config, quality: Quality, control: bool, answers: Estimate | N
         layers=tuple(quality.active()),
         kept_mass_mean=quality.kept_mass_mean,
         kept_mass_worst=quality.kept_mass_worst,
+        answered_mass_mean=quality.answered_mass_mean,
+        answered_mass_most=quality.answered_mass_most,
         kl=quality.mean("kl"),
         rise=quality.rise,
         agreement=quality.mean("agree"),

@@ -50,7 +50,7 @@ class Quality:
 
     def mean(self, name: str) -> Estimate:
         """Mean per place of ``kl``, ``loss``, ``exact_loss`` or ``agree``, with its interval over texts."""
-        return bootstrap(self._by_text(getattr(self, name)), self._by_text(self.places))
+        return bootstrap(self.by_text(getattr(self, name)), self.by_text(self.places))
 
     @property
     def kl_value(self) -> float:
@@ -60,10 +60,10 @@ class Quality:
     @property
     def rise(self) -> Estimate:
         """Rise of the cross-entropy over exact routing, in nats per place."""
-        difference = self._by_text(self.loss) - self._by_text(self.exact_loss)
-        return bootstrap(difference, self._by_text(self.places))
+        difference = self.by_text(self.loss) - self.by_text(self.exact_loss)
+        return bootstrap(difference, self.by_text(self.places))
 
-    def _by_text(self, values: Sequence[float]) -> Tensor:
+    def by_text(self, values: Sequence[float]) -> Tensor:
         """Sums over the sequences of each text."""
         _, place = torch.tensor(self.examples).unique(return_inverse=True)
         sums = torch.zeros(int(place.max()) + 1, dtype=torch.float64)
@@ -86,6 +86,16 @@ class Quality:
     def kept_mass_mean(self) -> float:
         """Mean share of a token's own weight that was kept."""
         return _mean([report for batch in self.layers for report in batch], "kept_mass_mean", "open_rows")
+
+    @property
+    def answered_mass_mean(self) -> float:
+        """Mean share of a token's own weight that stand-ins answered for."""
+        return _mean([report for batch in self.layers for report in batch], "answered_mass_mean", "open_rows")
+
+    @property
+    def answered_mass_most(self) -> float:
+        """The largest share of any token."""
+        return max((r.answered_mass_most or 0.0 for batch in self.layers for r in batch), default=0.0)
 
     @property
     def kept_mass_worst(self) -> float:

@@ -52,7 +52,17 @@ def describe(setting: Config) -> str:
     if isinstance(setting.layers, LayerFilter):
         chosen = {key: list(keys) for key, keys in setting.layers if keys}
         words.append(f"layers={chosen}")
+    if setting.standins is not None:
+        rank = "" if setting.standins.rank is None else f" of rank {setting.standins.rank}"
+        words.append(f"+ stand-ins ({setting.standins.mode}{rank})")
     return " ".join([setting.strategy.name, *words])
+
+
+def with_standins(settings: Sequence[Config], file: Path | None) -> list[Config]:
+    """Put beside every setting the same one with a file of stand-ins; without a file, return them as they are."""
+    if file is None:
+        return list(settings)
+    return [each for setting in settings for each in (setting, Config.build({**dict(setting), "standins": file}))]
 
 
 def controls(settings: Sequence[Config], top_k: int) -> list[Config]:
@@ -68,7 +78,7 @@ def controls(settings: Sequence[Config], top_k: int) -> list[Config]:
     dropping = []
     for setting in settings:
         dumped = setting.dump()
-        if dumped["strategy"].get("refill") == "re-pick":
+        if setting.standins is None and dumped["strategy"].get("refill") == "re-pick":
             dumped["strategy"]["refill"] = "none"
             dropping.append(load_config(dumped))
     return [resolve_config("exact", {}), *alone, *dropping]
