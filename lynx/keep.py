@@ -144,20 +144,27 @@ class ByPool:
         least: An expert stays if ``(sum over OPEN tokens of mass ** power) ** (1 / power)`` reaches this.
         power: 1 adds masses up, a large one is the largest mass that any token has; between them many small wishes
             count for something, and one large wish for more.
+        certainty: Power of the token's certainty (:attr:`lynx.Routing.certainty`) by which its masses are multiplied:
+            a token whose router finds other experts about as good asks for less.
     """
 
     least: float
     power: int = 4
+    certainty: float = 0.0
 
     def keep(self, routing: Routing) -> Tensor:
         """Return ``(E,)`` bool."""
         if self.least <= 0.0:
             return routing.wanted
         # by the threshold, so that no power of a small mass is lost in the sum; one whole vote is enough
-        votes = (routing.mass / self.least).clamp_max(1.0) ** self.power
+        mass = routing.mass
+        if self.certainty > 0.0:
+            mass = mass * routing.certainty**self.certainty
+        votes = (mass / self.least).clamp_max(1.0) ** self.power
         if routing.priority is not None:
-            # rows that are not OPEN contribute exactly 0, NaN included
-            votes = (votes * routing.priority.unsqueeze(-1)).masked_fill(~routing.own, 0.0)
+            votes = votes * routing.priority.unsqueeze(-1)
+        # rows that are not OPEN contribute exactly 0, NaN included
+        votes = votes.masked_fill(~routing.own, 0.0)
         return routing.wanted & (sum_votes(votes) >= 1.0)
 
 

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lynx.kernels.plan import Plan
-from lynx.routing import Role, Routing, WeightRule
+from lynx.routing import Role, Routing, WeightRule, log_score_of
 from lynx.strategy import Keep
 
 
@@ -128,7 +127,7 @@ def own_top_k(choice: Tensor, logits: Tensor, top_k: int, rule: WeightRule) -> t
         ``(T, k)`` int64 ids, best first, and ``(T, k)`` float32 weights.
     """
     ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[..., :top_k]
-    scores = _log_scores(rule, logits).gather(-1, ids)
+    scores = log_score_of(rule, logits).gather(-1, ids)
     renormalise = rule.renormalise or rule.score == "softmax_over_chosen"
     return ids, (torch.softmax(scores, dim=-1) if renormalise else scores.exp()) * rule.scale
 
@@ -175,7 +174,7 @@ def _combine_weights(routing: Routing, new_ids: Tensor, lost: Tensor, filled: Te
             kept = kept / kept.sum(-1, keepdim=True) * rule.scale
         return torch.where(routing.routed, kept, own)
     gather_ids = new_ids.masked_fill(~routing.routed, 0)
-    log_scores = _log_scores(rule, routing.logits).gather(-1, gather_ids)
+    log_scores = log_score_of(rule, routing.logits).gather(-1, gather_ids)
     if renormalise:
         # A softmax over log scores is the renormalised score; dividing probabilities would underflow for a token
         # that is far from every kept expert.
@@ -184,15 +183,3 @@ def _combine_weights(routing: Routing, new_ids: Tensor, lost: Tensor, filled: Te
     else:
         weights = torch.where(lost, log_scores.exp() * rule.scale, own)
     return torch.where(chosen, weights, torch.where(routing.routed, 0.0, own))
-
-
-def _log_scores(rule: WeightRule, logits: Tensor) -> Tensor:
-    """Logarithm of the router's scores ``(T, E)``, up to a constant per token where that cancels."""
-    if rule.score == "softmax_over_chosen" or (rule.score == "softmax" and rule.renormalise):
-        return logits
-    if rule.score == "softmax":
-        return F.log_softmax(logits, dim=-1)
-    if rule.score == "sigmoid":
-        return F.logsigmoid(logits)
-    # softplus(x) is exp(x) to float32 precision below -20, and its logarithm x
-    return 0.5 * torch.where(logits < -20.0, logits, F.softplus(logits).log())

@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # What is summed to be compared is summed in integers of 2**-40: exact, so the sum does not depend on the order of its
@@ -275,6 +276,17 @@ class Routing:
         return torch.zeros_like(self.choice).scatter_add(-1, self.slot_ids, self.slot_mass.masked_fill(~counted, 0.0))
 
     @property
+    def certainty(self) -> Tensor:
+        """``(T, 1)`` float32: the share of a token's scores, over all experts open to it, that its own experts hold.
+
+        Near 1 where the router is sure that no other expert would do, lower where others are about as good.
+        """
+        scores = log_score_of(self.rule, self.logits).masked_fill(self.choice == -torch.inf, -torch.inf)
+        # a row in which all are forbidden is certain of nothing
+        shares = torch.softmax(scores, dim=-1).nan_to_num(0.0).gather(-1, self.slot_ids)
+        return shares.masked_fill(~self.routed, 0.0).sum(-1, keepdim=True)
+
+    @property
     def wanted(self) -> Tensor:
         """``(E,)`` bool: experts in the own top-k of at least one OPEN token (the vanilla active set)."""
         return self.own.any(-2)
@@ -320,6 +332,18 @@ class Routing:
         units = (votes * _UNITS).long().masked_fill(~counted, 0)
         summed = units.new_zeros((*units.shape[:-2], self.num_experts))
         return summed.scatter_add(-1, self.slot_ids.flatten(-2), units.flatten(-2)).float() / _UNITS
+
+
+def log_score_of(rule: WeightRule, logits: Tensor) -> Tensor:
+    """Logarithm of the router's scores ``(T, E)``, up to a constant per token where that cancels."""
+    if rule.score == "softmax_over_chosen" or (rule.score == "softmax" and rule.renormalise):
+        return logits
+    if rule.score == "softmax":
+        return F.log_softmax(logits, dim=-1)
+    if rule.score == "sigmoid":
+        return F.logsigmoid(logits)
+    # softplus(x) is exp(x) to float32 precision below -20, and its logarithm x
+    return 0.5 * torch.where(logits < -20.0, logits, F.softplus(logits).log())
 
 
 def sum_votes(votes: Tensor) -> Tensor:

@@ -23,8 +23,12 @@ class PooledThreshold(SelectionStrategy):
     least: float = Field(0.2, ge=0, le=1, description="pooled mass that an expert must reach; 0 keeps all")
     power: int = Field(4, ge=1, le=16, description="1 adds masses up, a large one takes the largest")
 
+    certainty: float = Field(
+        0.0, ge=0, le=8, description="how much less a token asks for whose router finds other experts as good; 0 none"
+    )
+
     knob: ClassVar[Knob] = Knob("least", fewest=1.0, full=0.0)
 
     def rule(self) -> ByPool:
         """Keep by pooled mass."""
-        return ByPool(self.least, self.power)
+        return ByPool(self.least, self.power, self.certainty)

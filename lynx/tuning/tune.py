@@ -25,8 +25,6 @@ from lynx.tuning.goal import Goal, Trial, passes
 from lynx.tuning.search import search
 from lynx.tuning.sensitivity import Progress, sensitivities
 
-_UNIFORM = 8
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
@@ -36,12 +34,14 @@ class Effort:
         share: Of the examples by which settings are chosen; the others verify them.
         candidates: Most candidates for a layer, 0 for all.
         rounds: Most verifications.
+        uniform: Settings that are the same in every layer, measured to compare with.
         seed: Of the split.
     """
 
     share: float = 0.5
     candidates: int = 0
     rounds: int = 6
+    uniform: int = 8
     seed: int = 0
 
 
@@ -138,7 +138,7 @@ def tune(
     verify = Verify(subject, second, verifying, goal, protocol, seconds, advance)
     trials = search(path, goal, lambda each: _spent(goal, each, seconds), verify, effort.rounds)
     chosen = trials[-1] if trials and trials[-1].passed else None
-    everywhere = [resolve_config(strategy, {}) for strategy in _uniform(offered)]
+    everywhere = [resolve_config(strategy, {}) for strategy in _uniform(offered, effort.uniform)]
     uniform = measure(subject.model, verifying, everywhere, lambda: advance("the same in every layer"))
     conditions = {
         **origin(subject.model),
@@ -190,7 +190,7 @@ def rounds(subject: Subject, examples: Sequence[Example], protocol: Protocol, ef
     first, second = split(examples, effort.share, effort.seed)
     choosing, verifying = (len(protocol.batches(part, subject.pad_id)) for part in (first, second))
     layers, offered = len(discover(subject.model).layers), len(candidates(effort.candidates))
-    return layers * offered * choosing + (effort.rounds + _UNIFORM) * verifying
+    return layers * offered * choosing + (effort.rounds + effort.uniform) * verifying
 
 
 class Verify:
@@ -253,10 +253,10 @@ def _spent(goal: Goal, allocation: Allocation, seconds: Callable[[Sequence[float
     return allocation.share
 
 
-def _uniform(offered: Sequence[Strategy]) -> list[Strategy]:
+def _uniform(offered: Sequence[Strategy], count: int) -> list[Strategy]:
     """Candidates that the chosen setting is compared with, spread over what was offered."""
     last = len(offered) - 1
-    places = dict.fromkeys(round(place * last / (_UNIFORM - 1)) for place in range(_UNIFORM))
+    places = dict.fromkeys(round(place * last / max(count - 1, 1)) for place in range(count))
     return [offered[place] for place in places]
 
 

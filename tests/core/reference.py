@@ -57,6 +57,15 @@ class Batch:
     def mass(self, t, expert):
         return self.weight(t, expert) / sum(self.weight(t, e) for e in self.own(t))
 
+    def certainty(self, t):
+        """What the row's own experts hold of the scores of all that it may choose."""
+        of = math.exp if self.score.startswith("softmax") else lambda logit: _score(self.score, logit)
+        largest = max(self.logits[t]) if self.score.startswith("softmax") else 0.0
+        allowed = [e for e in range(self.experts) if self.choice[t][e] > -math.inf]
+        scores = {e: of(self.logits[t][e] - largest) for e in allowed}
+        total = sum(scores.values())
+        return sum(scores[e] for e in self.own(t) if e in scores) / total if total else 0.0
+
     def wanted(self):
         return {e for t in self.rows(OPEN) for e in self.own(t)}
 
@@ -118,12 +127,13 @@ def union(wants):
 # What the batch wants: a set of experts.
 
 
-def pooled(batch, least, power):
-    """Those whose masses, as a norm over open tokens, reach `least`."""
+def pooled(batch, least, power, certainty):
+    """Those whose masses, as a norm over open tokens, reach `least`; of tokens that are less sure, less of it."""
     kept = set()
     for e in batch.wanted():
         rows = [t for t in batch.rows(OPEN) if e in batch.own(t)]
-        total = sum(min(batch.mass(t, e) / least, 1.0) ** power * batch.priority[t] for t in rows) if least else 1.0
+        mass = {t: batch.mass(t, e) * batch.certainty(t) ** certainty for t in rows}
+        total = sum(min(mass[t] / least, 1.0) ** power * batch.priority[t] for t in rows) if least else 1.0
         if least and abs(total - 1.0) < 1e-5:
             raise Ambiguous
         if total >= 1.0:

@@ -61,8 +61,9 @@ def expected_rows(draw, name, batch, experts, top_k):
         options = {
             "least": draw(st.sampled_from([0.0, 0.13, 0.29, 0.47, 1.0])),
             "power": draw(st.sampled_from([1, 2, 4])),
+            "certainty": draw(st.sampled_from([0.0, 0.6, 1.0, 2.0])),
         }
-        active = reference.pooled(batch, options["least"], options["power"])
+        active = reference.pooled(batch, **options)
     else:
         options, active = {}, batch.wanted()
     least = reference.wants_by_mass(batch, floor)
