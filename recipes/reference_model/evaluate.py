@@ -2,6 +2,7 @@
 
 python evaluate.py measure RUN/checkpoint.pt --problems 100 --code-bytes 100000
 python evaluate.py export RUN/checkpoint.pt FOLDER
+python evaluate.py text FILE.jsonl
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import GenerationConfig, Qwen3MoeForCausalLM
 
 PROMPT_SEED = 0
 FRESH_SEED = 1  # problems that nobody looked at while choosing what to train on
+TEXT_SEED = 2
 PROBLEMS = 500
 CODE_PROMPTS = 128
 CODE_BYTES = 256  # of a code prompt, and again of its continuation
@@ -185,6 +187,24 @@ def export(
             path.chmod(0o644)
             os.replace(path, folder / path.name)
     print(json.dumps(figures, indent=2))
+
+
+@app.command()
+def text(
+    file: Path,
+    count: Annotated[int, typer.Option(help="Excerpts of code, and as many problems.")] = 640,
+    seed: int = TEXT_SEED,
+    least: Annotated[int, typer.Option(help="Shortest continuation, in bytes.")] = 64,
+) -> None:
+    """Writes more held-out text than ships with the model, as the JSONL that `lynx eval` and `lynx tune` read."""
+    code = code_prompts(held_out_code(read_standard_library()), count, seed)
+    long = [item for item in problem_prompts(4 * count, seed) if len(item["solution"]) >= least]
+    if len(long) < count:
+        raise typer.BadParameter(f"only {len(long)} of {4 * count} problems go on for {least} bytes")
+    keys = ("prompt", "solution", "answer")
+    lines = [{key: item[key] for key in ("prompt", "continuation")} | {"domain": "code"} for item in code]
+    lines += [{key: item[key] for key in keys} | {"domain": "problems"} for item in long[:count]]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

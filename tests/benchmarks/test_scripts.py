@@ -1,6 +1,7 @@
 """The benchmarks run through their command line, on toy layers, and their results fit together."""
 
 import importlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,16 +108,26 @@ def test_decode(toys: Path, read: Any) -> None:
 
 
 def test_tuned(run: Any, read: Any, tmp_path: Path) -> None:
-    out = tmp_path / "tuned.json"
-    done = run("tuned.py", "--seeds", "1", "--batches", "1", "--candidates", "1", "--columns", "8", "--out", str(out))
+    out, small = (
+        tmp_path / "tuned.json",
+        ("--seeds", "1", "--candidates", "1", "--columns", "8", "--shares", "0.95,0.01"),
+    )
+    text = tmp_path / "text.jsonl"
+    line = {"prompt": "x = ", "continuation": "[1, 2, 3, 4]"}
+    lines = [line | {"prompt": f"x{i} = ", "domain": domain} for i in range(60) for domain in ("a", "b")]
+    text.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    done = run("tuned.py", "--data", str(text), *small, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "At equal active experts" in done.stdout
     result = read(out)
     assert result["complete"]
     (row,) = result["rows"]
     assert row["promise"]["chosen"] is None or row["promise"]["verified"]["high"] <= result["max_kl"]
-    assert len(row["uniform"]) == 8
-    for each in row["equal"]:
-        assert 0 < each["share"] <= 1
-        assert each["best_uniform"] in row["uniform"]
-    assert [path.name for path in tmp_path.iterdir()] == ["tuned.json"]
+    assert len(row["uniform"]) == 10
+    mild, never = row["equal"]
+    assert never == {"asked": 0.01, "share": None}
+    assert 0 < mild["share"] <= 0.95
+    for each in mild["uniform"].values():
+        assert each["ratio"]["low"] <= each["ratio"]["value"] <= each["ratio"]["high"]
+        assert each["ratio"]["value"] == pytest.approx(mild["kl"]["value"] / each["kl"])
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned.json", "text.jsonl"}
