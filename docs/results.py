@@ -1,4 +1,4 @@
-"""Put what was measured of the strategies into docs/results.md, from benchmarks/results/tuned.json.
+"""Put what was measured of the strategies into docs/results.md, from benchmarks/results/tuned*.json.
 
 python docs/results.py
 """
@@ -12,34 +12,52 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
-RESULT = ROOT / "benchmarks" / "results" / "tuned.json"
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = {"": "tuned.json", "small-k ": "tuned_small_k.json"}  # by what their places in the page begin with
 
 Result = dict[str, Any]
 
 
 def main() -> None:
     """Write the page."""
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    for prefix, name in FILES.items():
+        if (RESULTS / name).exists():
+            page = filled(page, json.loads((RESULTS / name).read_text(encoding="utf-8")), prefix)
+    PAGE.write_text(page, encoding="utf-8")
 
 
-def filled(page: str, result: Result) -> str:
-    """Return the page with its figures."""
+def filled(page: str, result: Result, prefix: str = "") -> str:
+    """Return the page with the figures of one model."""
     first = result["rows"][0]
-    page = _put(page, "equal", _equal(first["equal"]))
-    page = _put(page, "strategies", _settings([each for family in first["uniform"].values() for each in family]))
-    page = _put(page, "controls", _settings([each for family in first["controls"].values() for each in family]))
-    page = _put(page, "promise", _promise(result))
-    return _put(page, "conditions", _conditions(result))
+    page = _put(page, f"{prefix}equal", _equal(first["equal"]))
+    page = _put(page, f"{prefix}strategies", _settings([each for family in first["uniform"] for each in family]))
+    page = _put(page, f"{prefix}controls", _settings([each for family in first["controls"] for each in family]))
+    page = _put(page, f"{prefix}promise", _promise(result))
+    return _put(page, f"{prefix}conditions", _conditions(result))
 
 
 def _equal(rows: list[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
-        ratio = row["kl"]["value"] / row["uniform_kl"]
-        best = f"{row['best_uniform']}, {_figure(row['uniform_kl'])}"
-        cells.append((f"{row['share']:.1%}", _estimate(row["kl"]), best, f"{ratio:.2f}"))
-    return _table(("active experts", "KL, layer by layer", "best of the same in every layer", "ratio"), cells)
+        if row["share"] is None:
+            cells.append((f"{row['asked']:.0%} asked", "no setting was verified to have it", "", "", "", ""))
+            continue
+        every = row["uniform"]
+        plain = {name: found for name, found in every.items() if "certainty" not in name}
+        cells.append((f"{row['share']:.1%}", _estimate(row["kl"]), *_beside(every), *_beside(plain)))
+    best = "best of the same in every layer"
+    return _table(("active experts", "KL, layer by layer", best, "ratio", "best without `certainty`", "ratio"), cells)
+
+
+def _beside(families: dict[str, Any]) -> tuple[str, str]:
+    """The best family at the size of a tuned setting, and tuned by that."""
+    if not families:
+        return "none has this size", ""
+    name = min(families, key=lambda name: families[name]["kl"])
+    ratio = families[name]["ratio"]
+    interval = f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    return f"{name}: {_figure(families[name]['kl'])}", interval
 
 
 def _settings(rows: list[dict[str, Any]]) -> str:
@@ -57,27 +75,35 @@ def _settings(rows: list[dict[str, Any]]) -> str:
 
 
 def _promise(result: Result) -> str:
-    cells, kept = [], 0
-    for row in result["rows"]:
+    cells, kept, whole, contradicted = [], 0, 0, 0
+    limit, rows = result["max_kl"], result["rows"]
+    for row in rows:
         found = row["promise"]
         if found["chosen"] is None:
             cells.append((str(row["seed"]), "none was verified", "", "", "yes, nothing was written"))
-            kept += 1
+            kept, whole = kept + 1, whole + 1
             continue
-        holds = found["judged"]["value"] <= result["max_kl"]
-        kept += holds
-        share = f"{found['judged']['share']:.1%}"
-        verified, judged = _estimate(found["verified"]), _estimate(found["judged"])
-        cells.append((str(row["seed"]), share, verified, judged, "yes" if holds else "no"))
+        judged = found["judged"]
+        kept += judged["value"] <= limit
+        whole += judged["high"] <= limit
+        contradicted += judged["low"] > limit
+        words = "yes" if judged["value"] <= limit else "not contradicted" if judged["low"] <= limit else "no"
+        share = f"{judged['share']:.1%}"
+        cells.append((str(row["seed"]), share, _estimate(found["verified"]), _estimate(judged), words))
     table = _table(("split", "active experts", "KL verified", "KL on other text", "held"), cells)
     return (
-        f"A KL of at most {result['max_kl']} was asked for; it held {kept} times of {len(result['rows'])}.\n\n{table}"
+        f"A KL of at most {limit} was asked for. On other text it held {kept} times of {len(rows)}, {whole} times with "
+        f"its whole interval, and was contradicted {contradicted} times.\n\n{table}"
     )
 
 
 def _conditions(result: Result) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"Measured by `{result['command']}` at commit {result['commit'][:12]}, with {versions}."
+    batches = result["rows"][0]["batches"]
+    return (
+        f"Measured by `{result['command']}` at commit {result['commit'][:12]} on text {result['data']}, of "
+        f"which {batches} decode batches judge, with {versions}."
+    )
 
 
 def _estimate(figures: dict[str, float]) -> str:
