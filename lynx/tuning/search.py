@@ -35,7 +35,7 @@ def search(
     low, high = 0, len(path) - 1  # what is looked for lies between them
     correction: float | None = 1.0
     while len(trials) < rounds and low <= high:
-        guess = (low + high) // 2 if correction is None else _guess(path, goal, spent, correction)
+        guess = (low + high) // 2 if correction is None else expected(path, goal, spent, correction)
         place = min(max(guess, low), high)
         trial = trials[place] = verify(path[place])
         correction = _miss(goal, trial)
@@ -50,8 +50,8 @@ def search(
     return others if best is None else [*others, trials[best]]
 
 
-def _guess(path: Sequence[Allocation], goal: Goal, spent: Callable[[Allocation], float], correction: float) -> int:
-    """The allocation that should just meet the goal, if predictions are off by as much as the last one."""
+def expected(path: Sequence[Allocation], goal: Goal, spent: Callable[[Allocation], float], correction: float) -> int:
+    """Return the place on a path that should just meet the goal, if predictions are off by a factor."""
     if goal.of_loss:
         limit = goal.value if goal.kind == "max-kl" else goal.value * _KL_OF_A_DROP
         fits = [place for place, each in enumerate(path) if each.loss * correction <= limit]

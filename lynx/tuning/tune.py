@@ -21,8 +21,9 @@ from lynx.measuring.quality import Quality, measure
 from lynx.measuring.subject import Subject
 from lynx.tuning.allocation import Allocation, allocations
 from lynx.tuning.candidates import EXACT, Strategy, candidates
+from lynx.tuning.everywhere import best_path, everywhere, rules
 from lynx.tuning.goal import Goal, Trial, passes
-from lynx.tuning.search import search
+from lynx.tuning.search import expected, search
 from lynx.tuning.sensitivity import Progress, sensitivities
 
 
@@ -135,11 +136,20 @@ def tune(
     progress = Progress(of=of) if keep is None else Progress.read(keep, of)
     curves = sensitivities(subject.model, layers, offered, choosing, progress, keep, lambda: advance("layer by layer"))
     path = allocations(curves, weights)
+
+    def spent(each: Allocation) -> float:
+        return _spent(goal, each, seconds)
+
+    def jointly(each: Allocation) -> Quality:
+        return measure(subject.model, choosing, [each.config], lambda: advance("all layers"))[0]
+
+    same = everywhere([progress.layers[layer] for layer in range(layers)], offered)
+    path = best_path(path, same, expected(path, goal, spent, 1.0), jointly, weights)
     verify = Verify(subject, second, verifying, goal, protocol, seconds, advance)
-    trials = search(path, goal, lambda each: _spent(goal, each, seconds), verify, effort.rounds)
+    trials = search(path, goal, spent, verify, effort.rounds)
     chosen = trials[-1] if trials and trials[-1].passed else None
-    everywhere = [resolve_config(strategy, {}) for strategy in _uniform(offered, effort.uniform)]
-    uniform = measure(subject.model, verifying, everywhere, lambda: advance("the same in every layer"))
+    compared = [resolve_config(strategy, {}) for strategy in _uniform(offered, effort.uniform)]
+    uniform = measure(subject.model, verifying, compared, lambda: advance("the same in every layer"))
     conditions = {
         **origin(subject.model),
         "model": subject.name,
@@ -189,8 +199,9 @@ def rounds(subject: Subject, examples: Sequence[Example], protocol: Protocol, ef
     """How often :func:`tune` calls ``advance``, at most."""
     first, second = split(examples, effort.share, effort.seed)
     choosing, verifying = (len(protocol.batches(part, subject.pad_id)) for part in (first, second))
-    layers, offered = len(discover(subject.model).layers), len(candidates(effort.candidates))
-    return layers * offered * choosing + (effort.rounds + effort.uniform) * verifying
+    layers, offered = len(discover(subject.model).layers), candidates(effort.candidates)
+    jointly = 1 + 2 * len(rules(offered))
+    return (layers * len(offered) + jointly) * choosing + (effort.rounds + effort.uniform) * verifying
 
 
 class Verify:
