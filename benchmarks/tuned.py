@@ -26,6 +26,7 @@ from typing import Any
 import grids
 import torch
 import typer
+from held_out import even, subject_of, text_of
 from machine import hardware, versions
 from origin import OTHER_CODE, code, commit
 from ratios import between, compared, family_name
@@ -35,11 +36,10 @@ from rich.table import Table
 from lynx.attachment import discover
 from lynx.config import Config
 from lynx.measuring.evaluate import Protocol
-from lynx.measuring.examples import Example, examples_hash, read_examples, reference_examples, split
+from lynx.measuring.examples import examples_hash, split
 from lynx.measuring.intervals import Estimate
 from lynx.measuring.quality import Quality, measure
 from lynx.measuring.settings import describe
-from lynx.measuring.subject import Subject, load_subject
 from lynx.tuning.goal import Goal
 from lynx.tuning.tune import Effort, Tuned, tune
 
@@ -61,14 +61,14 @@ def main(
 ) -> None:
     """Tune on every seed, judge on other text, and write what came of it."""
     torch.set_num_threads(1)
-    subject, began = _subject(model), time.time()
-    text = _even(reference_examples() if data is None else read_examples(data, subject), columns)
+    subject, began = subject_of(model), time.time()
+    text = text_of(data, subject, columns)
     head: dict[str, Any] = {"code": code(other_code), "commit": commit(), "command": shlex.join(sys.argv)}
     head |= {"hardware": hardware(torch.device("cpu")), "versions": versions(), "model": subject.name}
     head |= {"data": examples_hash(text), "max_kl": max_kl}
     rows: list[dict[str, Any]] = []
     for seed in range(first_seed, first_seed + seeds):
-        judging, rest = (_even(part, columns) for part in split(text, JUDGES, 1000 + seed))
+        judging, rest = (even(part, columns) for part in split(text, JUDGES, 1000 + seed))
         whole = seed == first_seed
         protocol = Protocol(batch=16, columns=columns, most_batches=None if whole else batches)
         effort = Effort(candidates=(2 if whole else 1) * candidates, seed=seed, uniform=0)
@@ -93,25 +93,6 @@ def main(
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         keep.unlink(missing_ok=True)
     _show(rows, max_kl)
-
-
-def _subject(model: str) -> Subject:
-    """The reference model, or another that reads bytes as it does."""
-    reference = load_subject("reference")
-    if model == "reference":
-        return reference
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
-    return replace(reference, name=Path(model).name, model=loaded)
-
-
-def _even(examples: Sequence[Example], columns: int) -> list[Example]:
-    """As many examples of every domain, so that no batch is of one alone."""
-    usable = sorted((each for each in examples if len(each.continuation) >= columns), key=lambda each: each.domain)
-    domains = [list(group) for _, group in itertools.groupby(usable, key=lambda each: each.domain)]
-    fewest = min(map(len, domains))
-    return [example for domain in domains for example in domain[:fewest]]
 
 
 def _promise(model: Any, tuned: Tuned, text: Sequence[Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lynx.routing import Routing
 from lynx.standins_file import StandInLayer
 from lynx.validation import Options
 
-_RE_PICKED = {"blend": 0.3, "stand-in": 0.0}
+_RE_PICKED = {"blend": 0.2, "stand-in": 0.0}
 """How much of a token's answer its next best active experts give. Measured: see docs/stand-ins.md."""
 
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,13 @@ def read_standins(path: Path) -> StandInFile:
     """
     if not path.is_file():
         raise ConfigError(f"there is no file of stand-ins {str(path)!r}; {_HOW}.")
+    found = path.stat()
+    return _read(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, *known_by: int) -> StandInFile:
+    """Read a file once, however often it is attached with; nobody changes the tensors."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

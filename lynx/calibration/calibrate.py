@@ -37,7 +37,7 @@ class Effort:
         save_every: Seconds after which what was read is saved, to go on from.
     """
 
-    ranks: tuple[int, ...] = (8,)
+    ranks: tuple[int, ...] = (16,)
     least: float = LEAST
     memory: float = 4.0
     save_every: float = 300.0

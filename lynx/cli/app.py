@@ -330,6 +330,9 @@ def tune(
         int, typer.Option("--questions", min=0, help="Examples with an answer to verify with, in true batches.")
     ] = 0,
     max_new_tokens: MaxNewTokens = 128,
+    standins: Annotated[
+        Path | None, typer.Option("--standins", help="File of `lynx calibrate`: what answers for lost experts.")
+    ] = None,
     candidates: Annotated[int, typer.Option("--candidates", min=0, help="Settings to try in a layer; 0 for all.")] = 0,
     out: Annotated[Path, typer.Option("--out", help="Where the configuration goes, with its report beside it.")] = Path(
         "lynx.yaml"
@@ -341,6 +344,7 @@ def tune(
     """Choose a setting for every layer of a model, within the loss that you allow."""
     from lynx.cli.tune import goal_of, run_tune, sizes_of
     from lynx.measuring.evaluate import Protocol
+    from lynx.standins import StandIns
     from lynx.tuning.tune import Effort
 
     goal = goal_of(max_kl, max_drop, target_active, None if target_tpot is None else target_tpot / 1000)
@@ -352,7 +356,8 @@ def tune(
         questions=questions,
         max_new_tokens=max_new_tokens,
     )
-    run_tune(model, data, goal, sizes, protocol, Effort(candidates=candidates), latency, (device, dtype), out, as_json)
+    effort = Effort(candidates=candidates, standins=None if standins is None else StandIns(file=standins.resolve()))
+    run_tune(model, data, goal, sizes, protocol, effort, latency, (device, dtype), out, as_json)
 
 
 app.command()(calibrate)

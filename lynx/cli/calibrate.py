@@ -22,7 +22,7 @@ def calibrate(
     ] = None,
     rank: Annotated[
         str, typer.Option("--rank", help="Rank of the stand-ins; several, as 4,8,16, to choose from by layer.")
-    ] = "8",
+    ] = "16",
     out: Annotated[Path, typer.Option("--out", "-o", help="The file of stand-ins.")] = Path("standins.safetensors"),
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences that are read in one pass.")] = 8,
     least: Annotated[

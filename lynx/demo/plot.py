@@ -64,7 +64,8 @@ def require() -> None:
 
 def _method(outcome: Outcome) -> str:
     name = str(outcome.setting["name"])
-    return f"{name} (mass)" if "mass" in outcome.setting else f"{name} (ratio)" if "ratio" in outcome.setting else name
+    name += " (mass)" if "mass" in outcome.setting else " (ratio)" if "ratio" in outcome.setting else ""
+    return name + (" + stand-ins" if outcome.setting.get("standins") else "")
 
 
 def _place(axes: Any, labels: list[tuple[tuple[float, float], str, str]]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lynx.attachment import attach
 from lynx.demo.batches import PromptBatch
 from lynx.demo.cache import as_argument
-from lynx.demo.settings import Setting
+from lynx.demo.settings import Setting, config_of
 from lynx.measuring.batches import ForcedBatch
 from lynx.measuring.intervals import wilson
 from lynx.reference_model import ReferenceModel
@@ -120,7 +120,7 @@ def forced_quality(model: Any, setting: Setting, prefilled: Sequence[Prefilled])
     """Run the continuations with every column as one decode step."""
     nll = nll_exact = kl = agree = 0.0
     count = 0
-    with attach(model, setting) as handle, handle.teacher_forced(prompt_columns=0):
+    with attach(model, config_of(setting)) as handle, handle.teacher_forced(prompt_columns=0):
         for part in prefilled:
             batch, reference = part.batch, part.exact
             policy = _log_probs(model, batch, part.cache)
@@ -152,7 +152,7 @@ def answers(
 ) -> Answers:
     """Generate greedily in batches and count the problems that end on the right answer."""
     right = asked = 0
-    with attach(reference.model, setting):
+    with attach(reference.model, config_of(setting)):
         for batch in batches:
             inputs = reference.encode(batch.texts)
             tokens = reference.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

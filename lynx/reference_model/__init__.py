@@ -1,5 +1,5 @@
 """The reference model: a small trained MoE that ships with the package, so that everything can be tried offline."""
 
-from lynx.reference_model.model import CodePrompt, Problem, ReferenceModel, load_reference_model
+from lynx.reference_model.model import STANDINS, CodePrompt, Problem, ReferenceModel, load_reference_model
 
-__all__ = ["CodePrompt", "Problem", "ReferenceModel", "load_reference_model"]
+__all__ = ["STANDINS", "CodePrompt", "Problem", "ReferenceModel", "load_reference_model"]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 PAD_ID = 256
 EOS_ID = 257
+STANDINS = Path(__file__).parent / "standins.safetensors"
+"""Stand-ins for its experts, made of text such as it was trained on: what is held out can judge them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,11 @@ class ReferenceModel:
     problems: tuple[Problem, ...]
     code: tuple[CodePrompt, ...]
     figures: dict[str, Any] = field(repr=False)
+
+    @property
+    def standins(self) -> Path:
+        """The file of stand-ins for its experts, made of text such as it was trained on."""
+        return STANDINS
 
     @staticmethod
     def encode(texts: Sequence[str]) -> dict[str, Tensor]:

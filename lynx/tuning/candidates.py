@@ -6,6 +6,7 @@ from typing import Any
 
 from lynx.config import Config, resolve_config
 from lynx.measuring.settings import describe
+from lynx.standins import StandIns
 
 Strategy = dict[str, Any]
 EXACT: Strategy = {"name": "exact"}
@@ -45,6 +46,11 @@ def candidates(per_layer: int = 0) -> list[Strategy]:
 def only_in(layer: int, strategy: Strategy) -> Config:
     """A strategy in one layer, all others exact."""
     return resolve_config({"name": "per-layer", "default": EXACT, "strategies": {layer: strategy}}, {})
+
+
+def answered(config: Config, standins: StandIns | None) -> Config:
+    """A configuration with what answers for lost slots."""
+    return config if standins is None else Config.build({**dict(config), "standins": standins})
 
 
 def in_layers(strategies: list[Strategy]) -> Config:

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from lynx.errors import ConfigError
 from lynx.measuring.batches import ForcedBatch
 from lynx.measuring.quality import measure
-from lynx.tuning.candidates import Strategy, only_in
+from lynx.standins import StandIns
+from lynx.tuning.candidates import Strategy, answered, only_in
 from lynx.tuning.curves import Curve, Point, curve
 
 
@@ -80,6 +81,7 @@ def sensitivities(
     progress: Progress,
     path: Path | None,
     advance: Callable[[], None],
+    standins: StandIns | None = None,
 ) -> list[Curve]:
     """Measure what each layer loses under each candidate while all others are exact.
 
@@ -91,13 +93,15 @@ def sensitivities(
         progress: What was measured before; layers in it are not measured again.
         path: Where it is kept; None for nowhere.
         advance: Called after each batch and candidate.
+        standins: What answers for lost slots.
     """
     for layer in range(layers):
         if layer in progress.layers:
             for _ in range(len(candidates) * len(batches)):
                 advance()
             continue
-        measured = measure(model, batches, [only_in(layer, candidate) for candidate in candidates], advance)
+        alone = [answered(only_in(layer, candidate), standins) for candidate in candidates]
+        measured = measure(model, batches, alone, advance)
         points = [(c, q.active()[layer], q.kl_value) for c, q in zip(candidates, measured, strict=True)]
         progress.layers[layer] = Measured(before=measured[0].active("before")[layer], points=points)
         if path is not None:

@@ -13,6 +13,8 @@ from lynx.errors import ConfigError, MeasureError
 from lynx.measuring.evaluate import Protocol
 from lynx.measuring.examples import Example, split
 from lynx.measuring.subject import Subject
+from lynx.standins import StandIns
+from lynx.tuning.candidates import answered
 from lynx.tuning.goal import Goal, Trial
 from lynx.tuning.tune import Effort, Tuned, Verify, figures, tune
 from lynx.tuning.tune import rounds as rounds_of_one
@@ -58,7 +60,8 @@ class TunedSizes:
                 f"does not give {self.goal}, as batches that run empty pass through the smaller sizes; give a wider "
                 "limit, more questions, or leave a size out of --batch."
             )
-        return Config.build({**_join(self.parts).dump(), "evidence": self.evidence})
+        standins = next(iter(self.parts.values())).standins
+        return Config.build({**dict(_join(self.parts, standins)), "evidence": self.evidence})
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -127,13 +130,13 @@ def tune_sizes(
         )
     if any(part.chosen is None for part in parts.values()):
         return TunedSizes(goal, parts, {})
-    config, joined = _join(parts), {}
+    config, joined = _join(parts, effort.standins), {}
     _, second = split(examples, effort.share, effort.seed)
     for size, part in parts.items():
         own = replace(protocol, batch=size)
         seconds = None if times is None else times[size][0]
         batches = own.batches(second, subject.pad_id)
-        verify = Verify(subject, second, batches, goal, own, seconds, _at(size, advance))
+        verify = Verify(subject, second, batches, goal, own, seconds, _at(size, advance), effort.standins)
         assert part.chosen is not None
         joined[size] = verify(part.chosen.allocation, config)
         _hold_against(size, joined[size], part.chosen)
@@ -171,9 +174,9 @@ def rounds(
     return joined + sum(rounds_of_one(subject, examples, each, effort) for each in own)
 
 
-def _join(parts: Mapping[int, Tuned]) -> Config:
+def _join(parts: Mapping[int, Tuned], standins: StandIns | None) -> Config:
     chosen = {size: part.chosen.allocation.config.strategy for size, part in parts.items() if part.chosen is not None}
-    return resolve_config({"name": "by-batch-size", "sizes": chosen}, {})
+    return answered(resolve_config({"name": "by-batch-size", "sizes": chosen}, {}), standins)
 
 
 def _hold_against(size: int, joined: Trial, alone: Trial) -> None:

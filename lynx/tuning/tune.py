@@ -19,8 +19,9 @@ from lynx.measuring.intervals import Estimate
 from lynx.measuring.origin import origin
 from lynx.measuring.quality import Quality, measure
 from lynx.measuring.subject import Subject
+from lynx.standins import StandIns
 from lynx.tuning.allocation import Allocation, allocations
-from lynx.tuning.candidates import EXACT, Strategy, candidates
+from lynx.tuning.candidates import EXACT, Strategy, answered, candidates
 from lynx.tuning.everywhere import best_path, everywhere, rules
 from lynx.tuning.goal import Goal, Trial, passes
 from lynx.tuning.search import expected, search
@@ -37,6 +38,7 @@ class Effort:
         rounds: Most verifications.
         uniform: Settings that are the same in every layer, measured to compare with.
         seed: Of the split.
+        standins: What answers for lost slots in every setting that is tried; None for re-picking.
     """
 
     share: float = 0.5
@@ -44,6 +46,7 @@ class Effort:
     rounds: int = 6
     uniform: int = 8
     seed: int = 0
+    standins: StandIns | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Tuned:
         path: What was predicted, from exact to the strongest.
         uniform: The same settings in every layer, measured on the same text as the trials.
         conditions: What was run on what.
+        standins: What answers for lost slots.
     """
 
     goal: Goal
@@ -65,6 +69,7 @@ class Tuned:
     path: tuple[Allocation, ...]
     uniform: tuple[Quality, ...]
     conditions: dict[str, Any]
+    standins: StandIns | None = None
 
     @property
     def config(self) -> Config:
@@ -78,7 +83,8 @@ class Tuned:
                 f"no setting was verified to give {self.goal}; the closest had {_closest(self.goal, self.trials)}. "
                 "Give a wider limit, or more text: a limit on KL must hold for the upper end of its interval."
             )
-        return Config.build({**self.chosen.allocation.config.dump(), "evidence": self.evidence})
+        chosen = answered(self.chosen.allocation.config, self.standins)
+        return Config.build({**dict(chosen), "evidence": self.evidence})
 
     @property
     def evidence(self) -> dict[str, Any]:
@@ -132,23 +138,30 @@ def tune(
         "data": examples_hash(first),
         "batches": [protocol.batch, protocol.columns, protocol.mix, list(protocol.seeds), protocol.most_batches],
         "candidates": offered,
+        **_named(effort.standins),
     }
     progress = Progress(of=of) if keep is None else Progress.read(keep, of)
-    curves = sensitivities(subject.model, layers, offered, choosing, progress, keep, lambda: advance("layer by layer"))
+
+    def looked() -> None:
+        advance("layer by layer")
+
+    curves = sensitivities(subject.model, layers, offered, choosing, progress, keep, looked, effort.standins)
     path = allocations(curves, weights)
 
     def spent(each: Allocation) -> float:
         return _spent(goal, each, seconds)
 
     def jointly(each: Allocation) -> Quality:
-        return measure(subject.model, choosing, [each.config], lambda: advance("all layers"))[0]
+        config = answered(each.config, effort.standins)
+        return measure(subject.model, choosing, [config], lambda: advance("all layers"))[0]
 
     same = everywhere([progress.layers[layer] for layer in range(layers)], offered)
     path = best_path(path, same, expected(path, goal, spent, 1.0), jointly, weights)
-    verify = Verify(subject, second, verifying, goal, protocol, seconds, advance)
+    verify = Verify(subject, second, verifying, goal, protocol, seconds, advance, effort.standins)
     trials = search(path, goal, spent, verify, effort.rounds)
     chosen = trials[-1] if trials and trials[-1].passed else None
-    compared = [resolve_config(strategy, {}) for strategy in _uniform(offered, effort.uniform)]
+    same_everywhere = [resolve_config(strategy, {}) for strategy in _uniform(offered, effort.uniform)]
+    compared = [answered(config, effort.standins) for config in same_everywhere]
     uniform = measure(subject.model, verifying, compared, lambda: advance("the same in every layer"))
     conditions = {
         **origin(subject.model),
@@ -163,8 +176,9 @@ def tune(
         "columns": protocol.columns,
         "mix": protocol.mix,
         "seed": effort.seed,
+        **_named(effort.standins),
     }
-    return Tuned(goal, chosen, tuple(trials), tuple(path), tuple(uniform), conditions)
+    return Tuned(goal, chosen, tuple(trials), tuple(path), tuple(uniform), conditions, effort.standins)
 
 
 def figures(trial: Trial) -> dict[str, Any]:
@@ -177,6 +191,8 @@ def figures(trial: Trial) -> dict[str, Any]:
         "active_experts": round(quality.active_mean(), 3),
         "active_experts_before": round(quality.active_mean("before"), 3),
         "kept_mass_worst": round(quality.kept_mass_worst, 4),
+        "answered_mass_mean": round(quality.answered_mass_mean, 4),
+        "answered_mass_most": round(quality.answered_mass_most, 4),
         "predicted_kl": trial.allocation.loss,
     }
     if trial.answers is not None and trial.exact_answers is not None:
@@ -184,6 +200,14 @@ def figures(trial: Trial) -> dict[str, Any]:
     if trial.seconds is not None:
         found["predicted_seconds_per_token"] = trial.seconds
     return found
+
+
+def _named(standins: StandIns | None) -> dict[str, Any]:
+    """Stand-ins by their options and a hash of their file; nothing without any."""
+    if standins is None:
+        return {}
+    code = hashlib.sha256(standins.file.read_bytes()).hexdigest()[:16] if standins.file.is_file() else "none"
+    return {"standins": [standins.mode, standins.rank, code]}
 
 
 def fingerprint(model: Any) -> str:
@@ -215,6 +239,7 @@ class Verify:
         protocol: Batch size, and how many questions are asked.
         seconds: Predicts the time per output token from each layer's active experts.
         advance: Called after each batch.
+        standins: What answers for lost slots.
     """
 
     def __init__(
@@ -226,9 +251,10 @@ class Verify:
         protocol: Protocol,
         seconds: Callable[[Sequence[float]], float] | None,
         advance: Callable[[str], None],
+        standins: StandIns | None = None,
     ) -> None:
         self._subject, self._batches, self._goal, self._protocol = subject, batches, goal, protocol
-        self._seconds, self._advance = seconds, advance
+        self._seconds, self._advance, self._standins = seconds, advance, standins
         self._asked = questions(examples, protocol.questions) if protocol.questions else []
         self._exact = self._answers(EXACT)
         if goal.kind == "max-drop" and self._exact is not None and self._exact.value <= goal.value:
@@ -245,7 +271,7 @@ class Verify:
 
     def __call__(self, allocation: Allocation, config: Config | None = None) -> Trial:
         """Verify an allocation, or a configuration that it is a part of."""
-        config = config or allocation.config
+        config = config or answered(allocation.config, self._standins)
         (quality,) = measure(self._subject.model, self._batches, [config], lambda: self._advance("verifying"))
         answers = self._answers(config)
         seconds = None if self._seconds is None else self._seconds(quality.active())

@@ -70,13 +70,18 @@ def held_out_code(files: list[SourceFile]) -> list[SourceFile]:
     return [file for file in files if file.held_out and not file.is_test]
 
 
-def held_out_problems(count: int, seed: int) -> list[Problem]:
-    """Draws distinct held-out problems, the three kinds in turn."""
-    rng = random.Random(f"held-out {seed}")
+def seen_code(files: list[SourceFile]) -> list[SourceFile]:
+    """The files that are trained on: library code, no tests."""
+    return [file for file in files if not file.held_out and not file.is_test]
+
+
+def distinct_problems(count: int, seed: int, held_out: bool = True) -> list[Problem]:
+    """Draws distinct problems, held-out ones or others, the three kinds in turn."""
+    rng = random.Random(f"{'held-out' if held_out else 'seen'} {seed}")
     problems: dict[str, Problem] = {}
     kinds = ("single", "chain-2", "chain-3")
     while len(problems) < count:
-        problem = generate_problem(rng, held_out=True, kind=kinds[len(problems) % 3])
+        problem = generate_problem(rng, held_out=held_out, kind=kinds[len(problems) % 3])
         problems.setdefault(problem.prompt, problem)
     return list(problems.values())
 

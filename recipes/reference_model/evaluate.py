@@ -16,7 +16,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from data import HELD_OUT_PERCENT, SourceFile, corpus_hash, held_out_code, held_out_problems, read_standard_library
+from data import (
+    HELD_OUT_PERCENT,
+    SourceFile,
+    corpus_hash,
+    distinct_problems,
+    held_out_code,
+    read_standard_library,
+    seen_code,
+)
 from measure import awake_experts, bits_per_byte, exact_match
 from model import CONTEXT, EOS, PAD, reference_config
 from problems import HELD_OUT_SHARE
@@ -66,10 +74,10 @@ def code_prompts(files: list[SourceFile], count: int, seed: int) -> list[dict[st
     raise ValueError(f"the held-out files hold only {len(prompts)} of {count} excerpts")
 
 
-def problem_prompts(count: int, seed: int) -> list[dict[str, str]]:
-    """Held-out problems as the dictionaries that ship."""
+def problem_prompts(count: int, seed: int, seen: bool = False) -> list[dict[str, str]]:
+    """Problems as the dictionaries that ship, held out unless they may be such as were trained on."""
     fields = ("prompt", "answer", "solution", "kind")
-    return [{f: getattr(p, f) for f in fields} for p in held_out_problems(count, seed)]
+    return [{f: getattr(p, f) for f in fields} for p in distinct_problems(count, seed, held_out=not seen)]
 
 
 def build_prompts(files: list[SourceFile]) -> dict[str, list[dict[str, str]]]:
@@ -195,10 +203,12 @@ def text(
     count: Annotated[int, typer.Option(help="Excerpts of code, and as many problems.")] = 640,
     seed: int = TEXT_SEED,
     least: Annotated[int, typer.Option(help="Shortest continuation, in bytes.")] = 64,
+    seen: Annotated[bool, typer.Option("--seen", help="Of what the model was trained on, to calibrate on.")] = False,
 ) -> None:
-    """Writes more held-out text than ships with the model, as the JSONL that `lynx eval` and `lynx tune` read."""
-    code = code_prompts(held_out_code(read_standard_library()), count, seed)
-    long = [item for item in problem_prompts(4 * count, seed) if len(item["solution"]) >= least]
+    """Writes more text than ships with the model, held out or not, as the JSONL that `lynx eval` and others read."""
+    files = read_standard_library()
+    code = code_prompts(seen_code(files) if seen else held_out_code(files), count, seed)
+    long = [item for item in problem_prompts(4 * count, seed, seen) if len(item["solution"]) >= least]
     if len(long) < count:
         raise typer.BadParameter(f"only {len(long)} of {4 * count} problems go on for {least} bytes")
     keys = ("prompt", "solution", "answer")

@@ -131,3 +131,23 @@ def test_tuned(run: Any, read: Any, tmp_path: Path) -> None:
         assert each["ratio"]["low"] <= each["ratio"]["value"] <= each["ratio"]["high"]
         assert each["ratio"]["value"] == pytest.approx(mild["kl"]["value"] / each["kl"])
     assert {path.name for path in tmp_path.iterdir()} == {"tuned.json", "text.jsonl"}
+
+
+def test_standins(run: Any, read: Any, tmp_path: Path) -> None:
+    out, text = tmp_path / "standins.json", tmp_path / "text.jsonl"
+    continuation = "[1, 2, 3, 4]\n" * 6
+    lines = [
+        {"prompt": f"{domain}{i} = ", "continuation": continuation, "domain": domain, "answer": "4]"}
+        for i in range(48)
+        for domain in ("a", "b")
+    ]
+    text.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    done = run("standins.py", "--data", str(text), "--rank", "2", "--asked", "4", "--brief", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    result = read(out)
+    assert [row["way"] for row in result["ways"]] == ["re-pick", "stand-in, rank 0", "stand-in, rank 2"]
+    assert {row["way"] for row in result["answers"]} == {"exact", "re-pick", "blend"}
+    assert {(row["calibrated"], row["judged"]) for row in result["shift"]} == {
+        (source, target) for source in ("a", "b", "both") for target in ("a", "b")
+    }
+    assert result["strategies"][0]["change"]["low"] <= result["strategies"][0]["change"]["high"]

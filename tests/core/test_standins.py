@@ -39,7 +39,7 @@ def test_every_slot_is_answered_for_once(spec, host, mode, refill, random, share
     known = torch.tensor([random.random() < 0.8 for _ in range(spec.experts)])
     plain = reroute(routing, keep)
     result = LayerStandIns(layer(spec.experts, known), mode).answer(routing, plain)
-    re_picked = {"blend": 0.3, "stand-in": 0.0}[mode]
+    re_picked = {"blend": 0.2, "stand-in": 0.0}[mode]
     assert result.ids.dtype == routing.ids.dtype
     assert result.weights.dtype == routing.weights.dtype
     assert result.answered.shape == routing.ids.shape

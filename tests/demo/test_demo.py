@@ -15,13 +15,14 @@ from lynx.demo.batches import forced_batches, prompt_batches
 from lynx.demo.plot import plot
 from lynx.demo.quality import Answers
 from lynx.demo.run import FULL_PLAN, QUICK_PLAN, Plan, Results, best_first, on_frontier, run, steps
-from lynx.demo.settings import label
+from lynx.demo.settings import config_of, label
 from lynx.reference_model.model import EOS_ID, PAD_ID
 
 PLAN = Plan(
     settings=(
         {"name": "batch-union", "top": 1},
         {"name": "importance-threshold", "ratio": 0.3},
+        {"name": "importance-threshold", "ratio": 0.3, "standins": True},
         {"name": "static-top", "top": 1},
     ),
     batch=8,
@@ -85,6 +86,14 @@ def test_sharing_beats_no_sharing(results: Results) -> None:
     assert by_name["batch-union"].kl < by_name["static-top"].kl
 
 
+def test_stand_ins_lose_less_than_re_picking(results: Results) -> None:
+    by_label = {outcome.label: outcome.forced["mixed"] for outcome in results.outcomes}
+    plain = by_label["importance-threshold ratio=0.3"]
+    answered = by_label["importance-threshold ratio=0.3 + stand-ins"]
+    assert answered.active_after == pytest.approx(plain.active_after, abs=0.5)
+    assert answered.kl < 0.8 * plain.kl
+
+
 def test_best_trade_comes_first(results: Results) -> None:
     assert list(results.outcomes) == best_first(results.outcomes)
     frontier = [on_frontier(outcome, results.outcomes) for outcome in results.outcomes]
@@ -115,10 +124,10 @@ def test_written_files_hold_every_figure(results: Results, tmp_path: Path) -> No
     as_json, as_csv = table.write(results, tmp_path / "out")
     data = json.loads(as_json.read_text())
     assert data["outcomes"][0]["label"] == "exact"
-    assert len(data["outcomes"]) == 4
+    assert len(data["outcomes"]) == 5
     with as_csv.open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 4 * 3
+    assert len(rows) == 5 * 3
     first = next(row for row in rows if row["setting"] == "batch-union top=1" and row["batches"] == "mixed")
     outcome = next(o for o in results.outcomes if o.label == "batch-union top=1")
     assert float(first["kl"]) == outcome.forced["mixed"].kl
@@ -157,7 +166,7 @@ def test_plans_are_as_large_as_they_say() -> None:
         "static-top",
     } <= names
     for setting in (*FULL_PLAN.settings, *QUICK_PLAN.settings):
-        lynx.make_strategy(setting)
+        assert config_of(setting).strategy.name == setting["name"]
 
 
 def test_no_memory_no_times(monkeypatch: pytest.MonkeyPatch) -> None:

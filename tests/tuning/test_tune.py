@@ -159,6 +159,24 @@ def test_the_command(tmp_path, capsys):
     assert lynx.load_config(out).dump() == found["config"]
 
 
+def test_stand_ins_answer_in_every_setting_that_is_tried(tmp_path, capsys):
+    small = ["--batch", "4", "--columns", "6", "--seeds", "1", "--batches", "1", "--candidates", "2"]
+    out, plain = tmp_path / "mine.yaml", tmp_path / "plain.yaml"
+    file = lynx.load_reference_model().standins
+    run("reference", "--target-active", "0.9", *small, "--out", str(out), "--standins", str(file), "--json")
+    run("reference", "--target-active", "0.9", *small, "--out", str(plain), "--json")
+    config = lynx.load_config(out)
+    assert config.standins.file == file
+    assert config.evidence["answered_mass_mean"] > 0
+    assert config.evidence["standins"][0] == "blend"
+    other = lynx.load_config(plain)
+    assert other.standins is None
+    assert other.evidence["answered_mass_mean"] == 0
+    assert config.evidence["kl"] != other.evidence["kl"]
+    run("reference", "--target-active", "0.9", *small, "--out", str(plain), "--standins", str(file), code=2)
+    assert "standins" in capsys.readouterr().err  # what was measured without them is not gone on with
+
+
 def test_a_time_is_asked_for_by_a_latency_model(tmp_path, capsys):
     line = {"constant": {"value": 1e-3, "low": 0, "high": 0}, "r_squared": 1.0, "fewest": 1, "most": 32}
     slopes = [{"value": value, "low": 0, "high": 0} for value in (1e-4, -1e-9, 2e-4, 1e-4)]
