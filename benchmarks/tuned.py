@@ -8,7 +8,8 @@ measured settings is interpolated in the logarithm of the KL.
     python recipes/reference_model/evaluate.py text text.jsonl
     python benchmarks/tuned.py --data text.jsonl --out benchmarks/results/tuned.json
 
-`--model FOLDER` takes another model of the recipe, which reads bytes as the reference model does.
+`--model FOLDER` takes another model of the recipe, which reads bytes as the reference model does. With `--standins
+FILE` stand-ins answer for lost experts in all that is tuned, and the uniform settings beside it re-pick.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from lynx.measuring.examples import examples_hash, split
 from lynx.measuring.intervals import Estimate
 from lynx.measuring.quality import Quality, measure
 from lynx.measuring.settings import describe
+from lynx.standins import StandIns
 from lynx.tuning.goal import Goal
 from lynx.tuning.tune import Effort, Tuned, tune
 
@@ -50,6 +52,7 @@ def main(
     out: Path = typer.Option(..., "--out", help="The file."),
     model: str = typer.Option("reference", help="`reference`, or the folder of a model exported by the recipe."),
     data: Path | None = typer.Option(None, help="JSONL made by the recipe; else the prompts in the package."),
+    standins: Path | None = typer.Option(None, help="File of `lynx calibrate` that answers in all that is tuned."),
     seeds: int = typer.Option(5, min=1, help="Splits of the text."),
     first_seed: int = typer.Option(0, min=0, help="The first of them, which is compared with uniform settings."),
     shares: str = typer.Option("0.5,0.6,0.75", help="Sizes at which it is compared."),
@@ -66,12 +69,14 @@ def main(
     head: dict[str, Any] = {"code": code(other_code), "commit": commit(), "command": shlex.join(sys.argv)}
     head |= {"hardware": hardware(torch.device("cpu")), "versions": versions(), "model": subject.name}
     head |= {"data": examples_hash(text), "max_kl": max_kl}
+    answers = None if standins is None else StandIns(file=standins)
+    head |= {"standins": None if standins is None else standins.name}
     rows: list[dict[str, Any]] = []
     for seed in range(first_seed, first_seed + seeds):
         judging, rest = (even(part, columns) for part in split(text, JUDGES, 1000 + seed))
         whole = seed == first_seed
         protocol = Protocol(batch=16, columns=columns, most_batches=None if whole else batches)
-        effort = Effort(candidates=(2 if whole else 1) * candidates, seed=seed, uniform=0)
+        effort = Effort(candidates=(2 if whole else 1) * candidates, seed=seed, uniform=0, standins=answers)
         keep = out.with_suffix(f".seed{seed}.part")
         limited = tune(subject, rest, Goal("max-kl", max_kl), protocol, effort, keep=keep)
         judges = replace(protocol, most_batches=None).batches(judging, subject.pad_id)
