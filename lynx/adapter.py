@@ -96,6 +96,21 @@ class HoldsExperts(Protocol):
         ...
 
 
+class TakesStandIns(Protocol):
+    """An adapter with stand-ins whose experts cannot be run by themselves: a file is made with another adapter.
+
+    In the place of :class:`HoldsExperts`; its installations add what stand-ins answer, too.
+    """
+
+    def experts_hash(self, model: Any, layer: FoundLayer) -> str:
+        """Return the hash by which the experts of a layer are known again, that of a file made for them.
+
+        Raises:
+            UnsupportedModelError: Nothing can be added to what they give; says why.
+        """
+        ...
+
+
 class Installation(Protocol):
     """An adapter's hooks in one model; undone exactly by :meth:`remove`.
 

@@ -11,7 +11,7 @@ from lynx.standins import LayerStandIns
 from lynx.standins_file import StandInLayer, experts_hash, read_standins
 
 if TYPE_CHECKING:
-    from lynx.adapter import Adapter, FoundLayer, HoldsExperts, LayerExperts
+    from lynx.adapter import Adapter, FoundLayer, HoldsExperts, LayerExperts, TakesStandIns
 
 
 def standins_for(
@@ -30,14 +30,14 @@ def standins_for(
     file = read_standins(asked.file)
     found: list[LayerStandIns | None] = []
     for layer in layers:
-        info, experts = layer.info, experts_of(adapter, model, layer)
+        info, code = layer.info, _hash_of(adapter, model, layer)
         known = file.layers.get(info.index)
         if known is None:
             raise ConfigError(
                 f"{str(asked.file)!r} has no stand-ins for layer {info.name!r} (number {info.index}); it has layers "
                 f"{', '.join(map(str, sorted(file.layers)))}. Calibrate again, or leave the layer out (`layers`)."
             )
-        _check(known, info.num_experts, experts, str(asked.file))
+        _check(known, info.num_experts, code, str(asked.file))
         found.append(LayerStandIns(known, asked.mode, asked.rank))
     return found
 
@@ -54,12 +54,18 @@ def experts_of(adapter: Adapter, model: Any, layer: FoundLayer) -> LayerExperts:
     return cast("HoldsExperts", adapter).experts_of(model, layer)
 
 
-def _check(known: StandInLayer, num_experts: int, experts: LayerExperts, file: str) -> None:
+def _hash_of(adapter: Adapter, model: Any, layer: FoundLayer) -> str:
+    if hasattr(adapter, "experts_hash"):
+        return cast("TakesStandIns", adapter).experts_hash(model, layer)
+    return experts_hash(experts_of(adapter, model, layer).tensors())
+
+
+def _check(known: StandInLayer, num_experts: int, code: str, file: str) -> None:
     if known.num_experts != num_experts:
         raise ConfigError(
             f"{file!r} stands in for {known.num_experts} experts in layer {known.name!r}, this model has {num_experts}."
         )
-    if experts_hash(experts.tensors()) != known.experts:
+    if code != known.experts:
         raise ConfigError(
             f"{file!r} was made for other experts than those of this model (layer {known.name!r}): their weights "
             "differ. Calibrate with this model: `lynx calibrate MODEL --data FILE -o standins.safetensors`."

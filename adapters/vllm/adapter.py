@@ -11,6 +11,7 @@ from torch import nn
 
 from lynx.adapter import Discovery, FoundLayer, Installation
 from lynx.adapters.serving import no_priorities, no_teacher_forcing
+from lynx.adapters.vllm.answers import BehindExperts, hash_of
 from lynx.adapters.vllm.hook import Hook, hooks, retired
 from lynx.adapters.vllm.routers import RouterRules, find_rules, has_room, set_hook
 from lynx.adapters.vllm.rows import StepRows
@@ -51,6 +52,10 @@ class VllmAdapter:
             layers.append(FoundLayer(info, layer, notes, refused))
         return Discovery(self, tuple(layers), LOOKED_FOR, "vLLM's own")
 
+    def experts_hash(self, model: nn.Module, layer: FoundLayer) -> str:
+        """Return by what a layer's experts are known again; see :class:`lynx.adapter.TakesStandIns`."""
+        return hash_of(layer.router, layer.info.name)
+
     def prepare(
         self,
         model: nn.Module,
@@ -63,17 +68,18 @@ class VllmAdapter:
         Raises:
             ConfigError: Lynx is asked to run the experts, which vLLM's own kernels do; or to hold a time on several
                 ranks.
-            AttachError: This is not a whole model as vLLM loaded it.
+            AttachError: This is not a whole model as vLLM loaded it, or it goes on calling other hooks.
         """
         if config.experts == "lynx":
             raise ConfigError("experts='lynx' cannot run inside vLLM, whose kernels run what is active; leave it out.")
         mine = watched.get(model)
         if mine is None:
             raise AttachError(f"this {type(model).__name__} is not a model as vLLM loaded it; attach to that one.")
-        if mine.captured:
+        if mine.captured or mine.traced:
             raise AttachError(
-                "this engine has captured CUDA graphs, which go on calling what was attached when it started; start it "
-                "with this strategy in its configuration, or with --enforce-eager."
+                f"this engine has {'captured CUDA graphs' if mine.captured else 'compiled its model'} and goes on "
+                "calling what was attached when it started; start it with this strategy in its configuration, or with "
+                "--enforce-eager."
             )
         if config.tpot_ms is not None and mine.ranks > 1:
             raise ConfigError(
@@ -98,6 +104,7 @@ class VllmInstallation:
     def __init__(self, layers: list[tuple[Any, Hook]], rows: StepRows, model: Watched) -> None:
         self._layers, self._rows, self._model = layers, rows, model
         self._numbers: list[int] = []
+        self._behind: list[BehindExperts] = []
         self._tpot: TpotControl | None = None
 
     @property
@@ -117,6 +124,8 @@ class VllmInstallation:
             self._numbers.append(len(hooks))
             hooks.append(hook)
             set_hook(layer.router, self._numbers[-1])
+            if hook.selection.standins is not None:
+                self._behind.append(BehindExperts(layer.routed_experts, self._numbers[-1]))
 
     def remove(self) -> None:
         """Take the hooks out; compiled code calls nothing any more, and captured graphs see padding alone."""
@@ -124,6 +133,9 @@ class VllmInstallation:
         self._model.rows = self._model.tpot = None
         for layer, _ in self._layers:
             set_hook(layer.router)
+        for behind in self._behind:
+            behind.remove()
+        self._behind.clear()
         for number in self._numbers:
             retired.extend(filter(None, hooks[number : number + 1]))
             hooks[number] = None

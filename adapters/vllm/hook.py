@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Hook:
         real: How many of the experts are ones to run. What the router gives to experts behind them (zero experts) it
             has turned into slots of weight 0, which stay as they are.
         rows: What the rows of the step under way may do; all layers share it.
+        lost: With stand-ins, what this step has left out, until the experts have run: at most one pair of experts
+            ``(T, k)`` and the weights of their stand-ins ``(T, k)``.
     """
 
     selection: LayerSelection
@@ -36,11 +38,13 @@ class Hook:
     router: Any
     real: int
     rows: StepRows
+    lost: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __call__(self, logits: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights and ids ``(T, k)`` after selection; the given ones where the step is to be left alone."""
         from vllm.forward_context import is_forward_context_available
 
+        self.lost.clear()
         idle = self.rows.silent or not is_forward_context_available()
         rows = None if idle else self._kinds(logits.shape[0])
         if rows is None:
@@ -67,7 +71,13 @@ class Hook:
             self.selection.observe(routing)
             return weights, ids
         result = self.selection(routing)
+        if result.answered is not None:
+            self.lost.append((result.lost_ids, result.answered))
         return result.weights, result.ids if given is ids else torch.where(given < 0, ids, result.ids)
+
+    def take_lost(self) -> tuple[Tensor, Tensor] | None:
+        """Return what stand-ins have to answer for in this step, and forget it."""
+        return self.lost.pop() if self.lost else None
 
     def _nothing_open(self) -> bool:
         """Whether the host knows that the strategy has nothing to decide, so that a long prefill costs little.

@@ -13,6 +13,7 @@ from typing import Any
 
 from lynx.adapters.serving import log_when_served
 from lynx.adapters.vllm import metrics, runner
+from lynx.adapters.vllm.answers import note_experts
 from lynx.adapters.vllm.routers import make_room, see
 from lynx.attachment import attach, discover
 from lynx.config import Config, load_config
@@ -28,7 +29,7 @@ def register() -> None:
     try:
         from vllm.model_executor.layers.fused_moe import layer
         from vllm.model_executor.layers.fused_moe.router import router_factory
-        from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+        from vllm.model_executor.model_loader import base_loader
     except ImportError as error:
         if os.environ.get("LYNX_CONFIG"):
             import vllm
@@ -44,8 +45,12 @@ def register() -> None:
         factory = _with_room(router_factory.create_fused_moe_router)
         router_factory.create_fused_moe_router = factory
         layer.create_fused_moe_router = factory
-    if not hasattr(BaseModelLoader.load_model, _MARK):
-        BaseModelLoader.load_model = _then_attach(BaseModelLoader.load_model)
+    loader = base_loader.BaseModelLoader
+    if not hasattr(loader.load_model, _MARK):
+        loader.load_model = _then_attach(loader.load_model)
+    lay_out = getattr(base_loader, "process_weights_after_loading", None)
+    if lay_out is not None and not hasattr(lay_out, _MARK):
+        base_loader.process_weights_after_loading = _noting_experts(lay_out)
 
 
 def configuration(additional: Any) -> Config | None:
@@ -104,6 +109,16 @@ def _then_attach(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_model
 
 
+def _noting_experts(lay_out: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(lay_out)
+    def process_weights_after_loading(model: Any, *args: Any, **kwargs: Any) -> Any:
+        note_experts(model)
+        return lay_out(model, *args, **kwargs)
+
+    setattr(process_weights_after_loading, _MARK, True)
+    return process_weights_after_loading
+
+
 def _is_draft(engine: Any, model_config: Any) -> bool:
     """Whether a model is one that proposes tokens; such a model stays as it is."""
     speculative = getattr(engine, "speculative_config", None)
@@ -121,6 +136,7 @@ def _arm(model: Any, config: Config, engine: Any) -> None:
         events.setLevel(logging.INFO)
     runner.watch(model, engine, next(model.parameters()).device)
     handle = attach(model, config)
+    runner.loaded(model, engine)
     say = init_logger("vllm.lynx").info
     say("Lynx is armed: %d MoE layers, strategy %s, vLLM %s", handle.layers, config.strategy.name, vllm.__version__)
     for name, reason in handle.in_torch.items():

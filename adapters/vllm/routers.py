@@ -36,7 +36,7 @@ def make_room(router: Any) -> None:
             f"({', '.join(ROUTING[1:])}): this vLLM is not known; the vLLM page of the docs lists the versions tried."
         )
     router.__class__ = _subclass(kind)
-    router.lynx_number, router.lynx_seen = _NO_HOOK, False
+    router.lynx_number, router.lynx_seen, router.lynx_experts = _NO_HOOK, False, ""
 
 
 def has_room(router: Any) -> bool:

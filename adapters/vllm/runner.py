@@ -34,6 +34,8 @@ class Watched:
         rows: Where the rows of a step are written for the strategy that is on; None while none is.
         tpot: What is told when steps begin, None where no time is to be held.
         warming: Whether vLLM runs steps of its own making.
+        traced: Whether code is compiled, without guards, that calls what was attached when the model was loaded: on
+            CPUs, where routers and experts are not inside an op of vLLM's.
         captured: Whether CUDA graphs were captured, which go on calling the hooks of that time.
         told: Whether a step came by of which nothing had been told.
     """
@@ -43,7 +45,7 @@ class Watched:
         self.wishes = Wishes()
         self.rows: StepRows | None = None
         self.tpot: TpotControl | None = None
-        self.warming = self.captured = self.told = self.complained = False
+        self.traced = self.warming = self.captured = self.told = self.complained = False
 
 
 watched: WeakKeyDictionary[nn.Module, Watched | None] = WeakKeyDictionary()
@@ -83,6 +85,14 @@ def watch(model: nn.Module, engine: Any, device: torch.device) -> None:
     _wrap(Worker, "compile_or_warm_up_model", _while_warming)
     ranks = getattr(engine.parallel_config, "tensor_parallel_size", 1)
     watched[model] = Watched(engine.scheduler_config.max_num_batched_tokens, device, ranks)
+
+
+def loaded(model: nn.Module, engine: Any) -> None:
+    """Note that a model is loaded: what is attached to it from now on may come too late for code that is compiled."""
+    mine = watched[model]
+    if mine is not None:
+        compiles = getattr(engine.compilation_config, "mode", None) not in (None, 0)
+        mine.traced = compiles and mine.device.type == "cpu"
 
 
 def _wrap(kind: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

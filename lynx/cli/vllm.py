@@ -6,13 +6,15 @@ import os
 from typing import Any
 
 import lynx
-from lynx.errors import ConfigError
+from lynx.config import load_config
+from lynx.errors import ConfigError, UnsupportedModelError
 
 
 def examine_engine(model: str) -> dict[str, dict[str, str]]:
     """Start an engine of vLLM with random weights in this process, armed, and return what is there as titled rows.
 
-    The configuration is the file that ``LYNX_CONFIG`` names, or ``exact`` without one.
+    The configuration is the file that ``LYNX_CONFIG`` names, or ``exact`` without one. Its stand-ins are left out, as
+    random weights are not those that they were made for.
 
     Args:
         model: What ``vllm serve`` would be given.
@@ -30,7 +32,8 @@ def examine_engine(model: str) -> dict[str, dict[str, str]]:
         raise ConfigError(
             f"vLLM is not installed here ({error}); run this in the environment of the server."
         ) from error
-    wish = os.environ.get("LYNX_CONFIG") or {"strategy": {"name": "exact"}}
+    config = load_config(os.environ.get("LYNX_CONFIG") or {"strategy": {"name": "exact"}})
+    wish = config.model_copy(update={"standins": None}).dump()
     engine = vllm.LLM(model, load_format="dummy", enforce_eager=True, max_num_seqs=8, additional_config={"lynx": wish})
     facts: dict[str, dict[str, str]] = engine.apply_model(_facts)[0]
     return {"vllm": {"version": vllm.__version__, "model": model}} | facts
@@ -50,4 +53,15 @@ def _facts(model: Any) -> dict[str, dict[str, str]]:
         "strategy": handle.config.strategy.name,
         "selection": next(iter(handle.in_torch.values()), "") or "one kernel",
     }
+    if hasattr(discovery.adapter, "experts_hash"):
+        armed["stand-ins"] = _why_no_standins(discovery, model) or "taken, if they were made for these experts"
     return {"armed": armed, "MoE layers": layers}
+
+
+def _why_no_standins(discovery: Any, model: Any) -> str:
+    try:
+        for layer in discovery.layers:
+            discovery.adapter.experts_hash(model, layer)
+    except UnsupportedModelError as error:
+        return str(error)
+    return ""

@@ -149,6 +149,17 @@ def routing(hook, logits, weights, ids):
     return Routing(logits, logits, ids, weights, role, phase, hook.rule)
 
 
+def test_an_engine_that_compiles_on_a_cpu_takes_no_other_strategy(vllm):
+    """Its code has no guards, and calls the hooks of its start for ever."""
+    vllm.config = engine(UNION)
+    vllm.config.compilation_config.mode = 3
+    model = vllm.load(SIZES)
+    handle = lynx.handle_of(model)
+    with pytest.raises(AttachError, match="compiled its model and goes on calling"):
+        lynx.attach(model, "exact")
+    assert lynx.handle_of(model) is handle
+
+
 def test_an_engine_with_captured_graphs_takes_no_other_strategy(vllm):
     vllm.config = engine(UNION)
     vllm.config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL

@@ -61,18 +61,68 @@ class ZeroExpertRouter(Router):
         return weights.masked_fill(zero, 0.0), ids.masked_fill(zero, 0)
 
 
+class UnquantizedFusedMoEMethod:
+    """Runs experts as they are."""
+
+    def apply(self, layer, x, topk_weights, topk_ids, shared_experts=None, shared_experts_input=None):
+        w13, w2 = layer.w13_weight.mT[topk_ids.long()], layer.w2_weight.mT[topk_ids.long()]  # laid out for kernels
+        gate, up = torch.einsum("th,tkih->tki", x, w13).chunk(2, -1)
+        return torch.einsum("tk,tki,tkhi->th", topk_weights, nn.functional.silu(gate) * up, w2)
+
+
+class RoutedExperts(nn.Module):
+    """The experts of a layer; their weights are turned when they are laid out."""
+
+    apply_router_weight_on_input = False
+
+    def __init__(self, experts):
+        super().__init__()
+        self.quant_method = UnquantizedFusedMoEMethod()
+        self.w13_weight = nn.Parameter(torch.randn(experts, 4, 8), requires_grad=False)
+        self.w2_weight = nn.Parameter(torch.randn(experts, 8, 2), requires_grad=False)
+
+    def forward_modular(self, x, topk_weights, topk_ids, shared_experts=None, shared_experts_input=None):
+        return self.quant_method.apply(self, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+
+
+def process_weights_after_loading(model, model_config, target_device):
+    """Lay weights out for kernels, which do not take them as they are loaded."""
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            module.w13_weight.data = module.w13_weight.data.mT.contiguous()
+            module.w2_weight.data = module.w2_weight.data.mT.contiguous()
+
+
 class Layer(nn.Module):
     """An MoE layer of vLLM, as far as Lynx looks at it."""
+
+    routed_input_transform = routed_output_transform = None
 
     def __init__(self, router, monolithic=False):
         super().__init__()
         self.router, self.is_monolithic = router, monolithic
-        self.w13 = nn.Parameter(torch.zeros(router.global_num_experts, 4, 8))
         E = router.global_num_experts
         self.moe_config = SimpleNamespace(
-            hidden_dim=8, num_local_experts=E, num_logical_experts=E, is_sequence_parallel=False
+            hidden_dim=8,
+            hidden_dim_unpadded=8,
+            intermediate_size_per_partition=2,
+            intermediate_size_per_partition_unpadded=2,
+            num_experts=E,
+            num_local_experts=E,
+            num_logical_experts=E,
+            is_sequence_parallel=False,
+            is_lora_enabled=False,
+            is_act_and_mul=True,
+            has_bias=False,
+            tp_size=1,
+            ep_size=1,
         )
-        self.routed_experts = SimpleNamespace(quant_method=SimpleNamespace())
+        self.routed_experts = RoutedExperts(E)
+
+    def run(self, hidden, logits):
+        """What the layer makes of rows, as vLLM's runner calls its parts."""
+        weights, ids = self.router._compute_routing(hidden, logits, None)
+        return self.routed_experts.forward_modular(x=hidden, topk_weights=weights, topk_ids=ids)
 
 
 def engine(additional=None, **parallel):
@@ -82,7 +132,7 @@ def engine(additional=None, **parallel):
         model_config=SimpleNamespace(),
         parallel_config=SimpleNamespace(data_parallel_size=1, **parallel),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
-        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE, mode=0),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=32),
         use_v2_model_runner=False,
     )
@@ -108,7 +158,9 @@ class StandIn:
 
         class BaseModelLoader:
             def load_model(self, vllm_config, model_config, prefix=""):
-                return vllm_config.load().eval()
+                model = vllm_config.load()
+                sys.modules[BaseModelLoader.__module__].process_weights_after_loading(model, model_config, "cpu")
+                return model.eval()
 
         class FirstRunner:
             def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
@@ -169,7 +221,14 @@ class StandIn:
         make(f"{moe}.config", RoutingMethodType=RoutingMethodType)
         self.factory = make(f"{moe}.router.router_factory", create_fused_moe_router=create_fused_moe_router)
         self.layer = make(f"{moe}.layer", create_fused_moe_router=create_fused_moe_router)
-        self.loader = make("vllm.model_executor.model_loader.base_loader", BaseModelLoader=BaseModelLoader)
+        make(f"{moe}.routed_experts", RoutedExperts=RoutedExperts)
+        make(f"{moe}.unquantized_fused_moe_method", UnquantizedFusedMoEMethod=UnquantizedFusedMoEMethod)
+        BaseModelLoader.__module__ = "vllm.model_executor.model_loader.base_loader"
+        self.loader = make(
+            BaseModelLoader.__module__,
+            BaseModelLoader=BaseModelLoader,
+            process_weights_after_loading=process_weights_after_loading,
+        )
         first = make("vllm.v1.worker.gpu_model_runner", GPUModelRunner=FirstRunner)
         self.worker = make("vllm.v1.worker.gpu_worker", Worker=Worker).Worker()
         second = make("vllm.v1.worker.gpu.model_runner", GPUModelRunner=SecondRunner)

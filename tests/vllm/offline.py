@@ -19,10 +19,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 
-from reference import EOS, problems
+from reference import EOS, parts, problems
 from vllm import LLM, SamplingParams
 from vllm.forward_context import get_forward_context
 from vllm.inputs import TokensPrompt
+
+from lynx.standins import LayerStandIns
 
 MAX_TOKENS = 112  # as in `lynx demo`
 
@@ -54,6 +56,39 @@ def generate(engine, chosen, exact=()):
         for place in range(len(prompts))
     ]
     return [list(output.outputs[0].token_ids) for output in engine.generate(prompts, sampling, use_tqdm=False)]
+
+
+def say_likelihoods(engine, chosen, tokens):
+    """Go on from parts of problems, side by side, for so many tokens: these, and how likely each was."""
+    prompts = [TokensPrompt(prompt_token_ids=list(part.encode())) for part in parts(chosen)]
+    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=1)
+    outputs = [done.outputs[0] for done in engine.generate(prompts, sampling, use_tqdm=False)]
+    said = [
+        [place[token].logprob for place, token in zip(each.logprobs, each.token_ids, strict=True)] for each in outputs
+    ]
+    return {"tokens": [list(each.token_ids) for each in outputs], "logprobs": said}
+
+
+def watch_answers():
+    """Compare what is added to experts' outputs with its formula, slot by slot."""
+    seen = {"worst": 0.0, "largest": 0.0, "rows": 0, "others_same": True}
+    plain = LayerStandIns.add
+
+    def add(self, output, hidden, ids, answered):
+        done, maps, expected = plain(self, output, hidden, ids, answered), self.weights, output.double()
+        for row, slot in (answered != 0).nonzero().tolist():
+            expert, x = int(ids[row, slot]), hidden[row].double()
+            map_of = x @ maps.inner[expert].double().T @ maps.outer[expert].double() + maps.bias[expert].double()
+            expected[row] += float(answered[row, slot]) * map_of
+        rows = (answered != 0).any(-1)
+        seen["worst"] = max(seen["worst"], float((done - expected).abs().max()))
+        seen["largest"] = max(seen["largest"], float((done - output).abs().max()))
+        seen["rows"] += int(rows.sum())
+        seen["others_same"] &= bool((done[~rows] == output[~rows]).all())
+        return done
+
+    LayerStandIns.add = add
+    return seen
 
 
 class Watcher:
@@ -122,10 +157,38 @@ def main(folder, out, wish):
     """Run what is wished for, and write what came of it."""
     engine = start(folder, wish.get("lynx"), wish.get("engine", {}))
     chosen = problems()[: wish.get("problems", 16)]
+    if wish.get("likelihoods") is not None:
+        result = likelihoods(engine, chosen, wish)
+        Path(out).write_text(json.dumps(result))
+        return
     result = {"tokens": generate(engine, chosen, wish.get("exact_rows", ()) if wish.get("mixed") else ())}
     if wish.get("strategies") is not None:
         result |= engine.apply_model(lambda model: strategies(engine, model, chosen, wish))[0]
     Path(out).write_text(json.dumps(result))
+
+
+def likelihoods(engine, chosen, wish):
+    """Answer with what is configured, then with nothing attached, then with one setting after another."""
+    import lynx
+
+    seen, tokens, outcomes = watch_answers(), wish["likelihoods"], []
+    configured = say_likelihoods(engine, chosen, tokens) | {"rows": seen["rows"]}
+
+    def others(model):
+        configured["answered"] = lynx.handle_of(model).report().total["decode"].answered_mass_mean
+        names = {name for module in model.modules() for name in vars(module)}
+        lynx.detach(model)
+        left = {name for module in model.modules() for name in vars(module)}
+        outcomes.append(say_likelihoods(engine, chosen, tokens) | {"gone": sorted(names - left)})
+        for setting in wish.get("settings", []):
+            try:
+                with lynx.attach(model, setting):
+                    outcomes.append(say_likelihoods(engine, chosen, tokens))
+            except lynx.AttachError as error:
+                outcomes.append({"refused": str(error)})
+
+    engine.apply_model(others)
+    return {"configured": configured, "others": outcomes, "added": seen}
 
 
 def strategies(engine, model, chosen, wish):

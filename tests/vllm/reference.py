@@ -35,6 +35,11 @@ def problems() -> list[Problem]:
     return [Problem(**each) for each in json.loads(text)["problems"]]
 
 
+def parts(chosen: list[Problem]) -> list[str]:
+    """The beginnings of problems, which say little of what comes next: so the model is not certain, and errors show."""
+    return [problem.prompt[: len(problem.prompt) // 3] for problem in chosen]
+
+
 def _bytes() -> dict[str, int]:
     """The characters that stand for bytes in byte-level tokenizers: printable ones themselves, others from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
