@@ -46,9 +46,9 @@ def folder(tmp_path_factory):
 def offline(folder, tmp_path_factory):
     """Run offline.py; what it wrote, and its log."""
 
-    def run(fails=False, **wish):
+    def run(fails=False, model=folder, **wish):
         out = tmp_path_factory.mktemp("out") / "result.json"
-        command = [sys.executable, str(HERE / "offline.py"), str(folder), str(out), json.dumps(wish)]
+        command = [sys.executable, str(HERE / "offline.py"), str(model), str(out), json.dumps(wish)]
         done = subprocess.run(
             command, env=environment(**wish.get("environment", {})), capture_output=True, text=True, timeout=900
         )

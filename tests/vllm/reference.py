@@ -17,6 +17,11 @@ def save(folder: Path) -> Path:
     with as_file(files("lynx.reference_model")) as source:
         for name in ("config.json", "generation_config.json", "model.safetensors"):
             shutil.copy(source / name, folder / name)
+    return save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer whose tokens are bytes."""
     tokenizer = Tokenizer(models.BPE(vocab=_bytes(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

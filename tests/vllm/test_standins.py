@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
-from reference import parts, problems
+from reference import EOS, PAD, parts, problems, save_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 import lynx
+from lynx.calibration.calibrate import Effort, calibrate
+from lynx.calibration.listening import Passage
 from lynx.calibration.text import calibrate_on
 from lynx.measuring.examples import reference_examples
 from lynx.measuring.subject import load_subject
@@ -30,10 +33,10 @@ def configured(file, mode="stand-in"):
     return {"strategy": FEW, "standins": {"file": str(file), "mode": mode}}
 
 
-def in_transformers(config):
+def in_transformers(config, model=None):
     """What transformers says: tokens and their log-likelihoods, all problems side by side."""
     reference = lynx.load_reference_model()
-    model = reference.model.float()
+    model = (model or reference.model).float()
     model.generation_config.eos_token_id = None
     batch = reference.encode(parts(problems()[:16]))
     with lynx.attach(model, lynx.Config.build(config)), torch.no_grad():
@@ -86,6 +89,39 @@ def test_detached_nothing_is_added(served):
     tokens, likely = in_transformers({"strategy": {"name": "exact"}})
     assert result["others"][0]["tokens"] == tokens
     torch.testing.assert_close(torch.tensor(result["others"][0]["logprobs"]), likely, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A random model with shared experts, a dense layer, sigmoid scores with a bias, and a scale; and a file for it."""
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32, n_routed_experts=16, num_experts_per_tok=4,
+        n_shared_experts=1, first_k_dense_replace=1, routed_scaling_factor=2.5, max_position_embeddings=512,
+        num_nextn_predict_layers=0, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None,
+    )  # fmt: skip
+    model = Glm4MoeForCausalLM(config).eval()
+    for tensor in model.parameters():
+        tensor.data.mul_(4 if tensor.ndim > 1 else 1)
+    model.lm_head.weight.data[PAD:] = 0.0  # never the likeliest: transformers would take such a row for one that ended
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias.uniform_(-0.1, 0.1)
+    folder = save_tokenizer(tmp_path_factory.mktemp("shared"))
+    model.save_pretrained(folder)
+    path = tmp_path_factory.mktemp("standins") / "shared.safetensors"
+    calibrate(model, [Passage(torch.randint(0, 256, (8, 64))) for _ in range(8)], path, Effort(ranks=(8,), least=8))
+    return folder, model, path
+
+
+def test_shared_experts_and_scales_are_as_they_were(offline, shared):
+    folder, model, path = shared
+    result, _ = offline(model=folder, lynx=configured(path), engine=SIDE_BY_SIDE, likelihoods=TOKENS)
+    tokens, likely = in_transformers(configured(path), model)
+    assert result["configured"]["tokens"] == tokens
+    torch.testing.assert_close(torch.tensor(result["configured"]["logprobs"]), likely, rtol=0, atol=1e-4)
+    _, plain = in_transformers({"strategy": FEW}, model)
+    assert (plain - likely).abs().max() > 0.05
 
 
 def test_compiled(served, offline, file):
