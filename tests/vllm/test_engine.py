@@ -150,6 +150,7 @@ def test_doctor_shows_what_is_armed(folder):
     facts = json.loads(done.stdout)
     assert facts["armed"]["layers"] == "4"
     assert facts["armed"]["strategy"] == "exact"
+    assert facts["armed"]["stand-ins"] == "taken, if they were made for these experts"
     assert facts["MoE layers"]["model.layers.0.mlp.experts"] == "32 experts, 4 per token, softmax, renormalised"
 
 

@@ -136,6 +136,17 @@ def test_compiled(served, offline, file):
     assert "compiled its model" in result["others"][1]["refused"]  # it would go on as it was compiled
 
 
+def test_second_model_runner(served, offline, file):
+    """The one that vLLM takes by itself for many models on GPUs; here its kernels are interpreted."""
+    second = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+    result, log = offline(lynx=configured(file), engine=SIDE_BY_SIDE, environment=second, likelihoods=TOKENS)
+    assert "Using V2 Model Runner" in log
+    said, first = result["configured"], served[0]["configured"]
+    assert said["tokens"] == first["tokens"]
+    torch.testing.assert_close(torch.tensor(said["logprobs"]), torch.tensor(first["logprobs"]), rtol=0, atol=1e-4)
+    assert said["rows"] == first["rows"] > 100
+
+
 def test_files_for_other_experts_are_refused_before_anything_is_served(offline, file, tmp_path):
     """As the file of a model that was trained on: the hash of one layer is another one."""
     with safe_open(file, "pt") as opened:
