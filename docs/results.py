@@ -6,14 +6,16 @@ python docs/results.py
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
+
+from filling import estimate, figure, put, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = {"": "tuned.json", "small-k ": "tuned_small_k.json"}  # by what their places in the page begin with
+FILES = {"": "tuned.json", "small-k ": "tuned_small_k.json", "answered ": "tuned_standins.json"}
+"""By what their places in the page begin with."""
 
 Result = dict[str, Any]
 
@@ -30,11 +32,12 @@ def main() -> None:
 def filled(page: str, result: Result, prefix: str = "") -> str:
     """Return the page with the figures of one model."""
     first = result["rows"][0]
-    page = _put(page, f"{prefix}equal", _equal(first["equal"]))
-    page = _put(page, f"{prefix}strategies", _settings([each for family in first["uniform"] for each in family]))
-    page = _put(page, f"{prefix}controls", _settings([each for family in first["controls"] for each in family]))
-    page = _put(page, f"{prefix}promise", _promise(result))
-    return _put(page, f"{prefix}conditions", _conditions(result))
+    page = put(page, f"{prefix}equal", _equal(first["equal"]))
+    if not result.get("standins"):  # the settings beside those with stand-ins are shown once
+        page = put(page, f"{prefix}strategies", _settings([each for family in first["uniform"] for each in family]))
+        page = put(page, f"{prefix}controls", _settings([each for family in first["controls"] for each in family]))
+    page = put(page, f"{prefix}promise", _promise(result))
+    return put(page, f"{prefix}conditions", _conditions(result))
 
 
 def _equal(rows: list[dict[str, Any]]) -> str:
@@ -45,9 +48,9 @@ def _equal(rows: list[dict[str, Any]]) -> str:
             continue
         every = row["uniform"]
         plain = {name: found for name, found in every.items() if "certainty" not in name}
-        cells.append((f"{row['share']:.1%}", _estimate(row["kl"]), *_beside(every), *_beside(plain)))
+        cells.append((f"{row['share']:.1%}", estimate(row["kl"]), *_beside(every), *_beside(plain)))
     best = "best of the same in every layer"
-    return _table(("active experts", "KL, layer by layer", best, "ratio", "best without `certainty`", "ratio"), cells)
+    return table(("active experts", "KL, layer by layer", best, "ratio", "best without `certainty`", "ratio"), cells)
 
 
 def _beside(families: dict[str, Any]) -> tuple[str, str]:
@@ -57,7 +60,7 @@ def _beside(families: dict[str, Any]) -> tuple[str, str]:
     name = min(families, key=lambda name: families[name]["kl"])
     ratio = families[name]["ratio"]
     interval = f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-    return f"{name}: {_figure(families[name]['kl'])}", interval
+    return f"{name}: {figure(families[name]['kl'])}", interval
 
 
 def _settings(rows: list[dict[str, Any]]) -> str:
@@ -65,13 +68,13 @@ def _settings(rows: list[dict[str, Any]]) -> str:
         (
             f"`{row['label']}`",
             f"{row['share']:.1%}",
-            _estimate(row["kl"]),
+            estimate(row["kl"]),
             f"{row['agreement']:.2%}",
             f"{row['kept_mass_worst']:.2f}",
         )
         for row in sorted(rows, key=lambda row: row["share"])
     ]
-    return _table(("setting", "active experts", "KL", "same top-1", "worst token keeps"), cells)
+    return table(("setting", "active experts", "KL", "same top-1", "worst token keeps"), cells)
 
 
 def _promise(result: Result) -> str:
@@ -89,11 +92,11 @@ def _promise(result: Result) -> str:
         contradicted += judged["low"] > limit
         words = "yes" if judged["value"] <= limit else "not contradicted" if judged["low"] <= limit else "no"
         share = f"{judged['share']:.1%}"
-        cells.append((str(row["seed"]), share, _estimate(found["verified"]), _estimate(judged), words))
-    table = _table(("split", "active experts", "KL verified", "KL on other text", "held"), cells)
+        cells.append((str(row["seed"]), share, estimate(found["verified"]), estimate(judged), words))
+    splits = table(("split", "active experts", "KL verified", "KL on other text", "held"), cells)
     return (
         f"A KL of at most {limit} was asked for. On other text it held {kept} times of {len(rows)}, {whole} times with "
-        f"its whole interval, and was contradicted {contradicted} times.\n\n{table}"
+        f"its whole interval, and was contradicted {contradicted} times.\n\n{splits}"
     )
 
 
@@ -104,28 +107,6 @@ def _conditions(result: Result) -> str:
         f"Measured by `{result['command']}` at commit {result['commit'][:12]} on text {result['data']}, of "
         f"which {batches} decode batches judge, with {versions}."
     )
-
-
-def _estimate(figures: dict[str, float]) -> str:
-    return f"{_figure(figures['value'])} ({_figure(figures['low'])} to {_figure(figures['high'])})"
-
-
-def _figure(value: float) -> str:
-    return f"{value:.2g}" if value >= 1e-4 else f"{value:.1e}"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def _put(page: str, name: str, text: str) -> str:
-    """Replace what stands between a name's two marks."""
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    done, count = re.subn(f"{start}.*?{end}", lambda _: f"{start}\n\n{text}\n\n{end}", page, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"{PAGE.name} has {count} places for {name!r}, not one.")
-    return done
 
 
 if __name__ == "__main__":

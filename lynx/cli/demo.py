@@ -34,7 +34,7 @@ def run_demo(quick: bool, plot: bool, out: Path, as_json: bool) -> None:
         print(json.dumps(results.to_dict(), indent=2))
         return
     # wide enough for the table where no terminal sets a width
-    console = Console(width=None if sys.stdout.isatty() else 144, highlight=False, markup=False)
+    console = Console(width=None if sys.stdout.isatty() else 156, highlight=False, markup=False)
     console.print(table.rich_table(results))
     console.print(table.legend(results))
     console.print("Written: " + ", ".join(str(path) for path in paths))

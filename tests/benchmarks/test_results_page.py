@@ -15,12 +15,35 @@ PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def page() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results_page", ROOT / "docs" / "results.py")
+    return load_page("results")
+
+
+def load_page(name: str) -> ModuleType:
+    """Load a script that makes a page; it finds what it shares with others beside it."""
+    spec = importlib.util.spec_from_file_location(f"{name}_page", ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def standins() -> ModuleType:
+    return load_page("standins")
+
+
+def test_the_page_of_stand_ins_is_made_from_the_results(standins: ModuleType) -> None:
+    found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in standins.RESULTS.items()}
+    assert all("+changes" not in result["commit"] for result in found.values())
+    text = standins.PAGE.read_text(encoding="utf-8")
+    assert standins.filled(text, found) == text
+    worse = copy.deepcopy(found)
+    worse["reference"]["strategies"][0]["change"] = {"value": 0.5, "low": 0.4, "high": 0.6}
+    label = worse["reference"]["strategies"][0]["label"]
+    assert f"`{label}` by 0.5" in standins.filled(text, worse)
 
 
 @pytest.fixture
@@ -50,7 +73,8 @@ def test_another_result_makes_another_page(page: ModuleType, result: dict[str, A
         "judged": {"value": 0.5, "low": 0.4, "high": 0.6, "share": 0.6},
     }
     found = page.filled(PAGE, worse)
-    assert "| 0 | 60.0% | 0.0005 (0.0004 to 0.0009) | 0.5 (0.4 to 0.6) | no |" in found
+    seed = worse["rows"][0]["seed"]
+    assert f"| {seed} | 60.0% | 0.0005 (0.0004 to 0.0009) | 0.5 (0.4 to 0.6) | no |" in found
     assert "and was contradicted 1 times" in found
     worse["rows"][0]["promise"]["judged"] |= {"value": 0.0011, "low": 0.0009}
     assert "| 0.0011 (0.0009 to 0.6) | not contradicted |" in page.filled(PAGE, worse)
