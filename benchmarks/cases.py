@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+import torch
 from layers import Batch, Kind, Layer, make_batch
 from machine import free_memory
 from peers import PEERS, attempt, differs, refused
@@ -12,10 +13,12 @@ from timing import Contender, measure, ratio
 from torch import Tensor
 
 import lynx
-from lynx.kernels import add_standins, choose_backend, run_experts
+from lynx.kernels import choose_backend, run_experts
 from lynx.kernels.plan import Plan
 from lynx.kernels.tune import generation_of
 from lynx.selection import LayerSelection
+from lynx.standins import LayerStandIns
+from lynx.standins_file import StandInLayer
 from lynx.strategy import LayerInfo
 
 OURS = ("layer", "route", "experts", "standins")
@@ -36,8 +39,9 @@ class Case:
         self.layers, self.batches, self.fraction = layers, batches, fraction
         self.budgets = [max(1, round(fraction * batch.active)) for batch in batches]
         self.selections = [self._selection(layer, budget) for layer, budget in zip(layers, self.budgets, strict=True)]
+        standins = [standins_of(layer) for layer in layers]
+        self.answering = [self._selection(*each) for each in zip(layers, self.budgets, standins, strict=True)]
         self.chosen = [select(batch.routing) for select, batch in zip(self.selections, batches, strict=True)]
-        self.lost = [(chosen.lost_ids, chosen.lost_weights) for chosen in self.chosen]
         self.active = statistics.mean(self._awake(copy) for copy in range(len(layers)))
         self.contenders = self._contenders()
 
@@ -46,12 +50,13 @@ class Case:
         """Bytes of the experts that stay active, mean over copies."""
         return self.active * self.layers[0].expert_bytes
 
-    def _selection(self, layer: Layer, budget: int) -> LayerSelection:
+    def _selection(self, layer: Layer, budget: int, standins: LayerStandIns | None = None) -> LayerSelection:
         shape = layer.shape
         info = LayerInfo("benchmark", 0, shape.E, shape.k, shape.rule, layer.expert_bytes)
         # Nothing is protected, which no one should use: so the active set is the budget at every T.
         strategy = lynx.make_strategy("top-budget", budget=budget, protect=0)
-        selection = LayerSelection(info, strategy, min_tokens=1)  # also a batch of 1 is cut: the same work at every T
+        # also a batch of 1 is cut: the same work at every T
+        selection = LayerSelection(info, strategy, min_tokens=1, standins=standins)
         selection.place(layer.weights.down.device)
         return selection
 
@@ -90,8 +95,11 @@ class Case:
         return run_experts(batch.hidden, chosen.ids, chosen.weights, self.layers[copy].weights, plan=chosen.plan)
 
     def _standins(self, copy: int) -> Tensor:
-        batch, (ids, weights) = self.batches[copy], self.lost[copy]
-        return add_standins(batch.hidden, batch.hidden, ids, weights, self.layers[copy].standins)
+        batch, selection = self.batches[copy], self.answering[copy]
+        result = selection.answer(batch.routing, self.chosen[copy])
+        assert selection.standins is not None
+        assert result.answered is not None
+        return selection.standins.add(batch.hidden, batch.hidden, result.lost_ids, result.answered)
 
     def _check(self, call: Any) -> str:
         """Compare a peer's output with Lynx's: times of different results say nothing."""
@@ -130,11 +138,20 @@ class Case:
             "contenders": {name: contender.figures() for name, contender in by_name.items()},
             "layer_by_floor": {key: value / floor for key, value in layer_us.items()} if layer_us else None,
             "layer_by_full": ratio(by_name["layer"], full.contenders[0]),
-            "lost": statistics.mean(int((weights != 0).sum()) for _, weights in self.lost),
+            "lost": statistics.mean(int((chosen.lost_weights != 0).sum()) for chosen in self.chosen),
             "standins_by_layer": ratio(by_name["standins"], by_name["layer"]),
             "best_peer": best,
             "layer_by_best_peer": ratio(by_name["layer"], by_name[best]) if best else None,
         }
+
+
+def standins_of(layer: Layer) -> LayerStandIns:
+    """A layer's stand-ins at work, one for every expert."""
+    own = layer.standins
+    known = torch.ones(own.num_experts, dtype=torch.bool, device=own.bias.device)
+    return LayerStandIns(
+        StandInLayer("benchmark", 0, "", own.inner, own.outer, torch.zeros_like(own.bias), own.bias, known)
+    )
 
 
 def run_case(

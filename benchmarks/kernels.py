@@ -7,7 +7,8 @@ and I scaled down. For each shape, kind of routing and number of tokens T, these
     layer       Lynx's whole layer: from the router's decision to the layer's output
     route       Lynx's selection alone: demand, budget, re-routing, weights, counters
     experts     Lynx's experts alone, on the ids, weights and plan that selection made
-    standins    stand-ins of rank 8 for the slots that lost their expert, added to an output; no part of `layer`
+    standins    stand-ins of rank 8 for the slots that lost their expert: new weights, counting, and what they answer,
+                added to an output; no part of `layer`
     grouped_mm  torch's grouped_mm as transformers calls it, on the same ids and weights
     batched_mm  transformers' batched_mm, likewise
     vllm_fused  vLLM's fused experts, likewise, where vllm is installed

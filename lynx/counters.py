@@ -118,16 +118,15 @@ class Counters:
     @torch.no_grad()
     def add_answered(self, routing: Routing, result: Rerouted) -> None:
         """Count what stand-ins answered for in one batch; no host synchronisation."""
-        self.on(routing.ids.device)
-        assert self._answered is not None
+        counted = self.answered_on(routing.ids.device)
         assert result.answered is not None
         share = routing.slot_mass.masked_fill(result.answered == 0, 0.0).sum(-1).nan_to_num(0.0).unsqueeze(-2)
         in_phase = torch.stack([routing.phase == int(phase) for phase in Phase], dim=-2)
         share = share.masked_fill(~in_phase, 0.0).double()  # (..., 2, T)
-        self._answered[0] += share.sum(-1).reshape(-1, len(Phase)).sum(0)
+        counted[0] += share.sum(-1).reshape(-1, len(Phase)).sum(0)
         if share.numel():
             most = share.amax(-1).reshape(-1, len(Phase)).amax(0)
-            self._answered[1].copy_(torch.maximum(self._answered[1], most))
+            counted[1].copy_(torch.maximum(counted[1], most))
 
     def read(self) -> dict[Phase, PhaseCounts]:
         """Copy the counters to the host; the only place that waits for the device."""
@@ -160,6 +159,12 @@ class Counters:
         assert self._mass is not None
         assert self._worst is not None
         return self._counts, self._mass, self._worst
+
+    def answered_on(self, device: torch.device) -> Tensor:
+        """Return what stand-ins answered for on a device: float64 ``(2, 2)``, by phase the sum and the most."""
+        self.on(device)
+        assert self._answered is not None
+        return self._answered
 
     def _allocate(self, device: torch.device) -> None:
         # An inference tensor could not be changed in place outside of inference mode.

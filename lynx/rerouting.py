@@ -30,6 +30,7 @@ class Rerouted:
         plan: The execution plan of the new ids and weights (see :class:`lynx.kernels.Plan`), where the fused kernel
             made one beside them.
         answered: ``(T, k)`` float32: with stand-ins, the weight of each lost slot's, 0 where there is none.
+        known_lost_ids: What `lost_ids` gives, where a kernel wrote it down beside the rest.
     """
 
     ids: Tensor
@@ -39,10 +40,13 @@ class Rerouted:
     own_weights: Tensor
     plan: Plan | None = None
     answered: Tensor | None = None
+    known_lost_ids: Tensor | None = None
 
     @property
     def lost_ids(self) -> Tensor:
         """``(T, k)``: the expert of every lost slot, 0 where nothing was lost."""
+        if self.known_lost_ids is not None:
+            return self.known_lost_ids
         return self.own_ids.masked_fill(~self.lost, 0)
 
     @property

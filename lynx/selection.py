@@ -47,6 +47,7 @@ class LayerSelection:
         fused = fuse(strategy.name, self.bound, info, self.exact_phases, min_tokens)
         self.fused: FusedRoute | None = fused if isinstance(fused, FusedRoute) else None
         self.why_not_fused = fused if isinstance(fused, str) else "the layer was not placed on a device yet"
+        self._answers_in_torch = False
         self._warned = False
 
     def place(self, device: torch.device) -> None:
@@ -75,14 +76,14 @@ class LayerSelection:
             self._follow(routing.choice.device)  # the model was moved, or its weights were away
         if fused is not None and fused.takes(routing):
             try:
-                return self._answered(routing, fused(routing, self.counters))
+                done = fused(routing, self.counters)
             except torch.OutOfMemoryError:
                 raise  # no fault of the kernel's
             except Exception as error:
                 self.fused, self.why_not_fused = None, f"the kernel failed: {error}"
-                if self._first():
-                    logger.error("lynx.kernel_failed", layer=self.info.name, error=_named(error))
-                    _warn(f"the fused kernel failed in layer {self.info.name!r}, which goes on in torch", error)
+                self._kernel_failed("fused kernel", error)
+            else:
+                return self.answer(routing, done)
         unsound = unsound_rows(routing) & (routing.role != int(Role.PADDING))
         exact = unsound
         for phase in self.exact_phases:
@@ -101,13 +102,23 @@ class LayerSelection:
                 logger.error("lynx.strategy_failed", layer=self.info.name, error=_named(error))
                 what = f"the strategy failed in layer {self.info.name!r} and the model's own routing is used there"
                 _warn(what, error)
-        result = self._answered(working, result)
+        result = self.answer(working, result)
         self.counters.add(working, result, unsound, failed)
         return result
 
-    def _answered(self, routing: Routing, result: Rerouted) -> Rerouted:
+    def answer(self, routing: Routing, result: Rerouted) -> Rerouted:
+        """Have stand-ins answer for what a batch lost, if there are any, and count it."""
         if self.standins is None:
             return result
+        if not self._answers_in_torch and self.standins.fused(result):
+            counted = self.counters.answered_on(routing.ids.device)
+            try:
+                return self.standins.answer_and_count(routing, result, counted)
+            except torch.OutOfMemoryError:
+                raise  # no fault of the kernel's
+            except Exception as error:
+                self._answers_in_torch = True
+                self._kernel_failed("kernel of stand-ins", error)
         result = self.standins.answer(routing, result)
         self.counters.add_answered(routing, result)
         return result
@@ -122,6 +133,11 @@ class LayerSelection:
         routing = routing.with_role(leave_exact(routing, torch.ones_like(routing.open_rows)))
         self.counters.add(routing, None, unsound_rows(routing) & (routing.role != int(Role.PADDING)), False)
 
+    def _kernel_failed(self, kernel: str, error: Exception) -> None:
+        if self._first():
+            logger.error("lynx.kernel_failed", layer=self.info.name, error=_named(error))
+            _warn(f"the {kernel} failed in layer {self.info.name!r}, which goes on in torch", error, depth=4)
+
     def _first(self) -> bool:
         """Whether nothing has been said of this layer yet; the counters tell how often a strategy failed."""
         first, self._warned = not self._warned, True
@@ -132,10 +148,10 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _warn(what: str, error: Exception) -> None:
+def _warn(what: str, error: Exception, depth: int = 3) -> None:
     # where warnings are errors, generation goes on all the same
     with contextlib.suppress(LynxWarning):
-        warnings.warn(f"{what}: {_named(error)}", LynxWarning, stacklevel=3)
+        warnings.warn(f"{what}: {_named(error)}", LynxWarning, stacklevel=depth)
 
 
 def _check_protect(strategy: BaseStrategy, info: LayerInfo) -> None:

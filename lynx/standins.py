@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lynx.counters import as_tensors_name
 from lynx.errors import ConfigError
+from lynx.kernels.answer import answer, takes_answer
 from lynx.kernels.backends import requested, try_at_first_call
 from lynx.kernels.standins import StandInWeights, add_standins, why_not_standins
 from lynx.rerouting import Rerouted
@@ -124,6 +125,30 @@ class LayerStandIns:
             best = own_ids.gather(-1, rank.argmin(-1, keepdim=True))
             ids, plan = torch.where(rows & lost, best.to(ids.dtype), ids), None  # the plan was of the ids before
         return replace(result, ids=ids, weights=weights, answered=answered, plan=plan)
+
+    def fused(self, result: Rerouted) -> bool:
+        """Whether `answer_and_count` takes a batch; known without waiting for the device."""
+        return takes_answer(result.own_ids, result.own_weights, result.weights, self.known)
+
+    def answer_and_count(self, routing: Routing, result: Rerouted, counted: Tensor) -> Rerouted:
+        """Do what `answer` does, and the counting, in one launch of Lynx's kernel.
+
+        Args:
+            routing: The model's own decision.
+            result: What re-routing made of it, by re-picking.
+            counted: ``Counters.answered_on()``, changed in place.
+        """
+        own_ids, own_weights, share = result.own_ids, result.own_weights, self.re_picked
+        given = result.ids, result.weights, result.lost, routing.choice, self.known, routing.phase
+        done = answer(own_ids, own_weights, *given, counted, share)
+        return replace(
+            result,
+            ids=done.ids,
+            weights=done.weights,
+            answered=done.answered,
+            plan=result.plan if share else None,  # the plan was of the ids before
+            known_lost_ids=done.lost_ids,
+        )
 
     def add(self, output: Tensor, hidden: Tensor, ids: Tensor, answered: Tensor) -> Tensor:
         """Add what the stand-ins answer to what the experts gave, ``(T, H)``.

@@ -55,6 +55,13 @@ def sum_parts(tile):
 
 
 @triton.jit
+def parts_of(weight, BT: tl.constexpr, BK: tl.constexpr):
+    """Combine weights `(BT, BK)`, none below 0, in integer units of the row's largest."""
+    largest = tl.maximum(tl.max(weight, 1), TINY)
+    return (tl.div_rn(weight, tl.broadcast_to(largest[:, None], (BT, BK))) * UNITS).to(tl.int64)
+
+
+@triton.jit
 def read_rows(
     start, choice, logits, weights, role, phase, settings, end,
     E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
@@ -104,8 +111,7 @@ def read_slots(
     routed = (given >= 0) & (given < E)
     expert = tl.where(routed, given, 0).to(tl.int32)
     weight = tl.maximum(tl.where(routed, tl.load(weights + at, slots, other=0.0).to(tl.float32), 0.0), 0.0)
-    largest = tl.maximum(tl.max(weight, 1), TINY)
-    parts = (tl.div_rn(weight, tl.broadcast_to(largest[:, None], (BT, BK))) * UNITS).to(tl.int64)
+    parts = parts_of(weight, BT, BK)
     total = tl.maximum(tl.sum(parts, 1), 1).to(tl.float32)
     mass = tl.div_rn(parts.to(tl.float32), tl.broadcast_to(total[:, None], (BT, BK)))
 

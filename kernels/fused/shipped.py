@@ -13,6 +13,7 @@ from lynx.kernels import tune
 from lynx.kernels.fused import launch
 from lynx.kernels.fused.experts import combine_kernel, down_kernel, gate_up_kernel
 from lynx.kernels.fused.plan import plan_kernel
+from lynx.kernels.fused.shipped_answer import shipped_answer
 from lynx.kernels.fused.shipped_route import shipped_route
 from lynx.kernels.fused.shipped_standins import shipped_standins
 
@@ -79,7 +80,7 @@ def shipped(target: str) -> Iterator[Configuration]:
     yield from _combine(2, 8, generation)
     for experts in (8, 32, 64, 128, 256, 512):
         yield from _plan(experts, generation)
-    for entry in (*shipped_route(target), *shipped_standins(target)):
+    for entry in (*shipped_route(target), *shipped_standins(target), *shipped_answer()):
         yield Configuration(*entry)
 
 

@@ -16,7 +16,9 @@ import lynx
 from lynx.attachment import discover
 from lynx.calibration.calibrate import Effort, calibrate
 from lynx.calibration.listening import Passage
+from lynx.counters import Counters
 from lynx.matching import experts_of
+from lynx.standins import LayerStandIns
 from lynx.standins_file import StandInLayer, experts_hash, read_standins, write_standins
 
 
@@ -61,7 +63,7 @@ def file(model, tmp_path):
 
 def steps(model, many: int = 5):
     """Logits of a prompt, and of one decode step of a batch."""
-    ids = torch.arange(many * 6).reshape(many, 6) % 60 + 2
+    ids = torch.arange(many * 6, device=model.device).reshape(many, 6) % 60 + 2
     with torch.no_grad():
         prompt = model(ids, use_cache=True)
         decode = model(ids[:, :1], past_key_values=prompt.past_key_values, use_cache=True)
@@ -263,6 +265,25 @@ class TestOnTheWay:
         assert torch.equal(compiled.sequences, eager.sequences)
         torch.testing.assert_close(compiled.logits, eager.logits)
         torch.compiler.reset()
+
+    @pytest.mark.kernel
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    @pytest.mark.parametrize("mode", ["blend", "stand-in"])
+    def test_kernels_give_what_torch_gives(self, model, file, mode, monkeypatch):
+        """Who answers, the answers and the count: one launch, two launches and none of torch's operations."""
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        found = {}
+        for word in ("loop", "triton"):
+            monkeypatch.setenv("LYNX_KERNELS", word)
+            if word == "triton":
+                for name in ("answer", "add_answered"):  # the torch form of what the kernel does
+                    monkeypatch.delattr(LayerStandIns if name == "answer" else Counters, name)
+            with lynx.attach(model, "batch-union", top=1, standins={"file": file, "mode": mode}) as handle:
+                found[word] = steps(model)[1], handle.report().total["decode"]
+        torch.testing.assert_close(found["triton"][0], found["loop"][0])
+        in_torch, in_kernel = (found[word][1] for word in ("loop", "triton"))
+        assert 0 < in_torch.answered_mass_mean == pytest.approx(in_kernel.answered_mass_mean)
+        assert in_torch.answered_mass_most == pytest.approx(in_kernel.answered_mass_most)
 
     def test_hand_written_blocks(self, tmp_path):
         model = linear_experts()

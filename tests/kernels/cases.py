@@ -18,7 +18,9 @@ NO_INDEX = -(2**31) + 7
 
 def poisoned_empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A buffer in which every element that is read before it is written shows."""
-    return torch.full(shape, torch.nan if dtype.is_floating_point else NO_INDEX, dtype=dtype, device=device)
+    if dtype.is_floating_point:
+        return torch.full(shape, torch.nan, dtype=dtype, device=device)
+    return torch.full(shape, NO_INDEX if dtype.itemsize >= 4 else torch.iinfo(dtype).max, dtype=dtype, device=device)
 
 
 class launched_with:

@@ -38,7 +38,7 @@ tests = "tests/kernels/test_mutants.py -k only_here_to_fail"
 def test_there_are_enough_and_each_has_a_name():
     assert len(MUTANTS) >= 16
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
-    kinds = {"route", "plan", "gate_up", "down", "combine", "standins"}
+    kinds = {"route", "plan", "gate_up", "down", "combine", "standins", "answer"}
     assert {mutant.name.partition(":")[0] for mutant in MUTANTS} == kinds
 
 
