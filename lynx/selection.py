@@ -110,8 +110,11 @@ class LayerSelection:
         """Have stand-ins answer for what a batch lost, if there are any, and count it."""
         if self.standins is None:
             return result
+        device = routing.ids.device
+        if self.standins.known.device != device and not torch.compiler.is_compiling():
+            self.standins.place(device)  # the model was moved, or its weights were away
         if not self._answers_in_torch and self.standins.fused(result):
-            counted = self.counters.answered_on(routing.ids.device)
+            counted = self.counters.answered_on(device)
             try:
                 return self.standins.answer_and_count(routing, result, counted)
             except torch.OutOfMemoryError:

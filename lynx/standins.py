@@ -82,7 +82,6 @@ class LayerStandIns:
         self.weights = layer.weights(rank)
         self.known = layer.known
         self.re_picked = _RE_PICKED[mode]
-        self.complete = bool(layer.known.all())
 
     def place(self, device: torch.device) -> None:
         """Put them on a device.

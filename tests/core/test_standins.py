@@ -136,3 +136,19 @@ def test_the_fused_selection_is_answered_for_in_the_same_way(monkeypatch, mode, 
     first, second = read
     assert first.answered_mass == pytest.approx(second.answered_mass)
     assert first.active_after == second.active_after
+
+
+def test_they_follow_a_model_that_is_moved(monkeypatch):
+    standins = LayerStandIns(layer(16))
+    chosen, places = selection(standins), []
+    standins.known = standins.known.to("meta")
+
+    def place(device):
+        places.append(device)
+        standins.known = torch.ones(16, dtype=torch.bool, device=device)
+
+    monkeypatch.setattr(standins, "place", place)
+    result = chosen(make_routing(tokens=9, seed=3))
+    chosen(make_routing(tokens=9, seed=3))
+    assert places == [torch.device("cpu")]
+    assert (result.answered > 0).any()
