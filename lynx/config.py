@@ -78,7 +78,7 @@ class Config(Options):
     layers: Annotated[Literal["all"] | SerializeAsAny[LayerFilter], BeforeValidator(_layers)] = "all"
     experts: Literal["auto", "model", "lynx"] = "auto"
     standins: Annotated[StandIns | None, BeforeValidator(read_standins_option)] = None
-    tpot_ms: float | None = Field(None, gt=0)
+    tpot_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
     evidence: dict[str, Any] | None = None
 
     @classmethod

@@ -40,7 +40,6 @@ class TpotControl:
     :meth:`took` after each step. From then on the hooks' own clock is not used.
 
     Attributes:
-        target: Seconds per output token to hold; may be set at any time.
         position: From 0, the configured targets, to 1, exact routing.
         measured: Running mean of the seconds per output token, None before the first step.
         steps: How many steps were timed.
@@ -71,6 +70,17 @@ class TpotControl:
         self._began: tuple[float, int | None] | None = None
         self._told = False
         self._missed, self._said = 0, False
+
+    @property
+    def target(self) -> float:
+        """Seconds per output token to hold; may be set at any time."""
+        return self._target
+
+    @target.setter
+    def target(self, seconds: float) -> None:
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise ConfigError(f"a target is a number of seconds above 0; got {seconds!r}.")
+        self._target = seconds
 
     @property
     def limit(self) -> Literal["targets", "exact"] | None:

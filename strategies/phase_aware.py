@@ -65,7 +65,8 @@ class _Bound:
         return next(iter(self._by_phase.values())) if len(self._by_phase) == 1 else None
 
     def inner(self) -> list[BoundStrategy]:
-        return list(self._by_phase.values())
+        # what a step of decode takes says nothing of prefill
+        return [strategy for phase, strategy in self._by_phase.items() if phase == Phase.DECODE]
 
     def place(self, device: torch.device) -> None:
         for strategy in self._by_phase.values():

@@ -36,14 +36,20 @@ def generate(
         options["stopping_criteria"] = [StopStrings(subject.decode, strings, batch.prompt_columns)]
     if stop_ids:
         options["eos_token_id"] = list(stop_ids)
-    tokens = subject.model.generate(
-        input_ids=batch.ids.to(device),
-        attention_mask=batch.mask.to(device),
-        max_new_tokens=max_new_tokens,
-        # rows that have ended are fed this; a stop token of the model's own is always told from text
-        pad_token_id=(*subject.stop_ids, subject.pad_id)[0],
-        **{"do_sample": False, **options},
-    )
+    # rows that have ended are fed this; a stop token of the model's own is always told from text
+    fed = (*subject.stop_ids, subject.pad_id)[0]
+    # in the model's own configuration, too: it is there that selection looks for what ended rows are fed
+    settings = subject.model.generation_config
+    named, settings.pad_token_id = settings.pad_token_id, fed
+    try:
+        tokens = subject.model.generate(
+            input_ids=batch.ids.to(device),
+            attention_mask=batch.mask.to(device),
+            max_new_tokens=max_new_tokens,
+            **{"do_sample": False, "pad_token_id": fed, **options},
+        )
+    finally:
+        settings.pad_token_id = named
     return [_text(subject, row, stop_ids, strings) for row in tokens[:, batch.prompt_columns :].tolist()]
 
 

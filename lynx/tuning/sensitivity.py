@@ -59,7 +59,8 @@ class Progress(BaseModel):
             found = cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ValidationError) as error:
             raise ConfigError(f"cannot go on from {str(path)!r}: {error}; delete it, or give another --out.") from error
-        differs = [key for key in of if found.of.get(key) != json.loads(json.dumps(of[key]))]
+        asked = json.loads(json.dumps(of))
+        differs = [key for key in {**asked, **found.of} if found.of.get(key) != asked.get(key)]
         if differs:
             raise ConfigError(
                 f"{str(path)!r} was measured with another {', '.join(differs)}; delete it, or give another --out."

@@ -113,6 +113,10 @@ def tune_sizes(
     """
     protocol, effort = protocol or Protocol(), effort or Effort()
     sizes = ordered(sizes)
+    for what, given in (("times", times), ("keep", keep)):
+        missing = [size for size in sizes if given is not None and size not in given]
+        if missing:
+            raise ConfigError(f"`{what}` has nothing for batches of {missing[0]}; give it for every size.")
     rounds(subject, examples, sizes, protocol, effort)  # a size that the text makes no batch of is told before the work
     parts = {}
     for size in sizes:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 import random
 import statistics
@@ -271,7 +272,8 @@ class TestWhatIsSteered:
         held = {"name": "target-active", "share": 0.5}
         sizes = {"name": "by-batch-size", "sizes": {2: held, 8: "exact", 16: held}}
         strategy = lynx.make_strategy({"name": "phase-aware", "decode": sizes, "prefill": held})
-        assert len(steered(strategy.bind(layer_of(make_routing(experts=32, top_k=4))))) == 3
+        # those of both sizes of decode; what a step of it takes says nothing of prefill
+        assert len(steered(strategy.bind(layer_of(make_routing(experts=32, top_k=4))))) == 2
 
     def test_each_layer_goes_from_its_own_target(self):
         layers = {"name": "per-layer", "default": {"name": "target-active", "share": 0.4}, "strategies": {}}
@@ -295,3 +297,20 @@ class TestWhatIsSteered:
     def test_what_is_no_time_is_refused(self, value):
         with pytest.raises(lynx.ConfigError, match="tpot_ms"):
             lynx.Config.build({"strategy": {"name": "target-active", "share": 0.5}, "tpot_ms": value})
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
+def test_a_target_that_is_no_time_is_refused(seconds):
+    control = TpotControl(0.02, [])
+    with pytest.raises(lynx.ConfigError, match="above 0"):
+        control.target = seconds
+    assert control.target == 0.02
+    with pytest.raises(lynx.ConfigError):
+        lynx.Config(strategy="target-active", tpot_ms=1e3 * seconds)
+
+
+def test_nothing_is_steered_where_only_prefill_has_targets():
+    model = lynx.load_reference_model().model
+    strategy = {"name": "phase-aware", "prefill": {"name": "target-active", **LEAST}, "decode": "exact"}
+    with pytest.raises(lynx.ConfigError, match="has none"):
+        lynx.attach(model, strategy, tpot_ms=20)

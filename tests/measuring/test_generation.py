@@ -74,3 +74,29 @@ def test_stop_strings_are_found_in_what_is_generated_alone(subject):
     assert [stop(rows[:, :end], None).tolist() for end in (4, 6, 7)] == [[False] * 3, [False] * 3, [True, False, False]]
     rows[0, 6], rows[1, 4:] = ord("x"), torch.tensor(list(b"b c"))
     assert stop(rows, None).tolist() == [True, True, False]  # what has ended stays ended
+
+
+def test_ended_rows_do_not_vote_where_the_model_names_no_stop_token():
+    subject = load_subject("reference")
+    settings, configs = subject.model.generation_config, [subject.model.config]
+    problems = lynx.load_reference_model().problems[:6]
+    prompts = [subject.encode(problem.prompt) for problem in problems]
+    rows = []
+    before = settings.eos_token_id, settings.pad_token_id
+    of_configs = [(config.eos_token_id, config.pad_token_id) for config in configs]
+    for named in (True, False):
+        if not named:
+            settings.eos_token_id = settings.pad_token_id = None
+            for config in configs:
+                config.eos_token_id = config.pad_token_id = None
+        try:
+            with lynx.attach(subject.model, "batch-union", top=2) as handle:
+                generate(subject, prompts, 24, until=[" ="])
+            decode = handle.report().total["decode"]
+            rows.append(decode.open_rows / max(decode.steps, 1))
+            assert named or settings.pad_token_id is None
+        finally:
+            settings.eos_token_id, settings.pad_token_id = before
+            for config, (eos, pad) in zip(configs, of_configs, strict=True):
+                config.eos_token_id, config.pad_token_id = eos, pad
+    assert rows[0] == rows[1] < 6

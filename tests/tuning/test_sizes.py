@@ -124,7 +124,7 @@ def test_joined_it_may_miss_what_its_part_met(tuned):
 
 
 def test_a_joined_setting_that_does_something_else_is_not_written(subject, kept, tuned, monkeypatch):
-    monkeypatch.setattr(sizes_room, "_join", lambda parts: lynx.Config.build({"strategy": "exact"}))
+    monkeypatch.setattr(sizes_room, "_join", lambda parts, standins: lynx.Config.build({"strategy": "exact"}))
     with pytest.raises(MeasureError, match="in batches of 3 the joined setting leaves"):
         tune_sizes(subject, reference_examples(), GOAL, SIZES, SMALL, EFFORT, keep=kept)
 

@@ -175,6 +175,8 @@ def test_stand_ins_answer_in_every_setting_that_is_tried(tmp_path, capsys):
     assert config.evidence["kl"] != other.evidence["kl"]
     run("reference", "--target-active", "0.9", *small, "--out", str(plain), "--standins", str(file), code=2)
     assert "standins" in capsys.readouterr().err  # what was measured without them is not gone on with
+    run("reference", "--target-active", "0.9", *small, "--out", str(out), code=2)
+    assert "standins" in capsys.readouterr().err  # nor the other way round
 
 
 def test_a_time_is_asked_for_by_a_latency_model(tmp_path, capsys):
