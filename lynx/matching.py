@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from lynx.config import Config
-from lynx.errors import ConfigError
+from lynx.errors import ConfigError, UnsupportedModelError
 from lynx.standins import LayerStandIns
 from lynx.standins_file import StandInLayer, experts_hash, read_standins
 
 if TYPE_CHECKING:
     from lynx.adapter import Adapter, FoundLayer, HoldsExperts, LayerExperts, TakesStandIns
+    from lynx.strategy import LayerInfo
 
 
 def standins_for(
@@ -28,6 +29,8 @@ def standins_for(
     if asked is None or asked.mode == "re-pick":
         return [None] * len(layers)
     file = read_standins(asked.file)
+    for layer in layers:
+        refuse_one_slot(layer.info)
     found: list[LayerStandIns | None] = []
     for layer in layers:
         info, code = layer.info, _hash_of(adapter, model, layer)
@@ -39,7 +42,20 @@ def standins_for(
             )
         _check(known, info.num_experts, code, str(asked.file))
         found.append(LayerStandIns(known, asked.mode, asked.rank))
+    if not any(bool(each.known.any()) for each in found if each is not None):
+        raise ConfigError(
+            f"{str(asked.file)!r} holds no stand-in for any expert of these layers: it was made of too little text. "
+            "Calibrate with more."
+        )
     return found
+
+
+def refuse_one_slot(layer: LayerInfo) -> None:
+    """Raise :class:`lynx.UnsupportedModelError` where each token has one expert, which is never left out."""
+    if layer.top_k == 1:
+        raise UnsupportedModelError(
+            f"layer {layer.name!r} gives each token one expert, which stays: stand-ins would answer for nothing."
+        )
 
 
 def experts_of(adapter: Adapter, model: Any, layer: FoundLayer) -> LayerExperts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,8 +125,11 @@ def experts_hash(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        count = _HASHED * (tensor.shape[0] if tensor.ndim == 3 else 1)
-        picked = flat[:: max(1, flat.numel() // max(count, 1))]
+        count = _HASHED * (tensor.shape[0] if tensor.ndim > 1 else 1)
+        step = max(1, flat.numel() // max(count, 1))
+        while math.gcd(step, tensor.shape[-1]) > 1:  # else a few columns would be all that is looked at
+            step += 1
+        picked = flat[::step]
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(picked.float().bfloat16().cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -189,11 +193,32 @@ def _read(path: Path, *known_by: int) -> StandInFile:
             f"{str(path)!r} is in version {metadata.get('version')} of the format, and this version of Lynx reads "
             f"version {VERSION}; calibrate again."
         )
-    layers = {}
-    for said in json.loads(metadata["layers"]):
-        parts = {name: tensors[f"layers.{said['index']}.{name}"] for name in _TENSORS}
-        unexplained = tuple(said["unexplained"])
-        layers[said["index"]] = StandInLayer(
-            said["name"], said["index"], said["experts"], **parts, unexplained=unexplained
-        )
-    return StandInFile(layers, json.loads(metadata["conditions"]))
+    try:
+        layers = [_layer(said, tensors) for said in json.loads(metadata["layers"])]
+        conditions = json.loads(metadata["conditions"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r} is damaged: {error}; {_HOW}.") from error
+    return StandInFile({layer.index: layer for layer in layers}, conditions)
+
+
+def _layer(said: dict[str, Any], tensors: Mapping[str, Tensor]) -> StandInLayer:
+    """Put a layer together, or raise ValueError or KeyError where its parts do not fit."""
+    parts = {name: tensors[f"layers.{said['index']}.{name}"] for name in _TENSORS}
+    E, r, H = parts["inner"].shape
+    wanted = {"inner": (E, r, H), "outer": (E, r, H), "mean_in": (E, H), "mean_out": (E, H), "known": (E,)}
+    for name, shape in wanted.items():
+        if parts[name].shape != shape:
+            raise ValueError(f"{name} of layer {said['name']!r} is {tuple(parts[name].shape)}, not {shape}")
+        if not bool(torch.isfinite(parts[name].float()).all()):
+            raise ValueError(f"{name} of layer {said['name']!r} holds values that are not finite")
+    return StandInLayer(
+        name=said["name"],
+        index=said["index"],
+        experts=said["experts"],
+        inner=parts["inner"],
+        outer=parts["outer"],
+        mean_in=parts["mean_in"],
+        mean_out=parts["mean_out"],
+        known=parts["known"],
+        unexplained=tuple(said["unexplained"]),
+    )

@@ -69,7 +69,13 @@ class ModuleExperts:
     def run(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Run one expert for each row."""
         ones = torch.ones(len(ids), 1, dtype=hidden.dtype, device=hidden.device)
-        outputs: Tensor = self.module.forward(hidden, ids.unsqueeze(-1), ones)  # not its hooks: they may be listening
+        outputs: Tensor
+        # not the module's hooks: they may be listening
+        try:
+            outputs = self.module.forward(hidden, ids.unsqueeze(-1), ones)
+        except (ValueError, IndexError):  # some squeeze the axis of slots away where there is one
+            twice = ids.unsqueeze(-1).expand(-1, 2)
+            outputs = self.module.forward(hidden, twice, torch.cat([ones, torch.zeros_like(ones)], dim=-1))
         return outputs
 
     def listen(self, heard: Callable[[Tensor, Tensor, Tensor], None]) -> Listening:

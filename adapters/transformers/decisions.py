@@ -151,7 +151,7 @@ def hook_layer(
     hook = RouterHook(context, found, selection, acts_on_prefill, plans, answers)
     if found.output.ids is None:
         dense = seat if isinstance(seat, DenseExperts) else None
-        hook = ScoresHook(context, found, selection, acts_on_prefill, dense=dense)
+        hook = ScoresHook(context, found, selection, acts_on_prefill, answers=answers, dense=dense)
     handles.append(site.block.register_forward_pre_hook(BlockBegins(hook)))
     # Before transformers 5.24, expert parallelism is a hook that makes ids local: Lynx comes before it.
     first = getattr(site.router, "_hf_tp_plan", None) is not None

@@ -16,9 +16,9 @@ from lynx.calibration.fit import LEAST, LayerFit, fit, smallest_rank, unexplaine
 from lynx.calibration.listening import Passage, doubt, listen, outputs_of
 from lynx.calibration.moments import Moments
 from lynx.calibration.progress import Progress, Unfinished
-from lynx.errors import AttachError, ConfigError, MeasureError
+from lynx.errors import AttachError, ConfigError, MeasureError, UnsupportedModelError
 from lynx.layers import MoESpec
-from lynx.matching import experts_of
+from lynx.matching import experts_of, refuse_one_slot
 from lynx.standins_file import StandInFile, StandInLayer, experts_hash, read_standins, write_standins
 
 HELD_OUT = 5
@@ -93,13 +93,7 @@ def calibrate(
         UnsupportedModelError: No adapter can take the model, or its experts cannot be run one by one.
     """
     path, effort = Path(path), effort or Effort()
-    effort.check()
-    if len(passages) < 2:
-        raise ConfigError(f"{len(passages)} passages of text: one is held out, so two are needed at least.")
-    _refuse_attached(model)
-    discovery = discover(model, spec)
-    taken = [layer for layer in discovery.layers if not layer.refused]
-    sources = [_Source(layer, experts_of(discovery.adapter, model, layer)) for layer in taken]
+    sources = _sources(model, passages, effort, spec)
     hashes = [experts_hash(source.experts.tensors()) for source in sources]
     said = {"passages": len(passages), "tokens": sum(passage.tokens for passage in passages), **(conditions or {})}
     asked = {**said, "experts": hashes, "text": [passage.code for passage in passages], "effort": repr(effort)}
@@ -113,6 +107,11 @@ def calibrate(
         _layer(source, code, fitted, shares, effort)
         for source, code, (fitted, shares) in zip(sources, hashes, progress.done, strict=True)
     ]
+    if not any(bool(layer.known.any()) for layer in layers):
+        raise ConfigError(
+            f"no expert saw as much as {effort.least:g} slots of equal weight in {said['tokens']} tokens, so there is "
+            "nothing to write; give more text."
+        )
     write_standins(path, layers, said)
     progress.remove()
     return read_standins(path)
@@ -120,11 +119,25 @@ def calibrate(
 
 def readings(model: Any, passages: Sequence[Passage], effort: Effort, spec: MoESpec | None = None) -> int:
     """How often :func:`calibrate` calls ``advance``, if it starts anew."""
-    discovery = discover(model, spec)
-    sources = [
-        _Source(layer, experts_of(discovery.adapter, model, layer)) for layer in discovery.layers if not layer.refused
-    ]
+    sources = _sources(model, passages, effort, spec)
     return len(passages) * -(-len(sources) // _that_fit(model, passages[0], sources, effort.memory))
+
+
+def _sources(model: Any, passages: Sequence[Passage], effort: Effort, spec: MoESpec | None) -> list[_Source]:
+    """Check what can stand against calibrating, and return the layers."""
+    effort.check()
+    if len(passages) < 2:
+        raise ConfigError(f"{len(passages)} passages of text: one is held out, so two are needed at least.")
+    _refuse_attached(model)
+    if getattr(model, "training", False):
+        raise ConfigError("the model is in training mode; call model.eval() first.")
+    discovery = discover(model, spec)
+    taken = [layer for layer in discovery.layers if not layer.refused]
+    if not taken:
+        raise UnsupportedModelError(f"none of the MoE layers can be taken: {discovery.layers[0].refused}")
+    for layer in taken:
+        refuse_one_slot(layer.info)
+    return [_Source(layer, experts_of(discovery.adapter, model, layer)) for layer in taken]
 
 
 def _read(
@@ -146,7 +159,8 @@ def _read(
     done = []
     for chosen, held_out in unfinished.moments:
         shares = unexplained(held_out, fit(chosen, min(rank, len(chosen.origin)), effort.least))
-        done.append((fit(chosen + held_out, min(rank, len(chosen.origin)), effort.least), shares))
+        chosen.join(held_out)  # in place: these are what memory is needed for
+        done.append((fit(chosen, min(rank, len(chosen.origin)), effort.least), shares))
     return done
 
 
@@ -167,6 +181,9 @@ def _hear(model: Any, passage: Passage, group: Sequence[_Source], unfinished: Un
             origin = origin.double() if origin.numel() <= 512 else origin
             E = source.layer.info.num_experts
             unfinished.moments.append((Moments.empty(E, origin), Moments.empty(E, origin)))
+        if unfinished.moments[place][0].origin.device != hidden.device:  # they were read from a file
+            first, second = unfinished.moments[place]
+            unfinished.moments[place] = first.to(hidden.device), second.to(hidden.device)
         moments = unfinished.moments[place][hold_out]
         with torch.inference_mode():
             for part, outputs in outputs_of(source.experts, hidden, ids.clamp_min(0)):
@@ -217,7 +234,12 @@ def _that_fit(model: Any, passage: Passage, sources: Sequence[_Source], memory: 
     width = heard[0].parts[0][0].shape[-1] if heard[0].parts else 1
     kind = torch.float64 if width <= 512 else torch.float32
     each = 2 * Moments.bytes_for(max(source.layer.info.num_experts for source in sources), width, kind)
-    return max(1, min(len(sources), int(memory * 2**30 // each)))
+    if each > memory * 2**30:
+        raise ConfigError(
+            f"what is kept of one layer's experts takes {each / 2**30:.3g} GiB, and {memory:g} may be used; give more "
+            "memory (--memory)."
+        )
+    return min(len(sources), int(memory * 2**30 // each))
 
 
 def _refuse_attached(model: Any) -> None:

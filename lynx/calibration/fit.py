@@ -49,10 +49,11 @@ def fit(moments: Moments, rank: int, least: float = LEAST) -> LayerFit:
     Args:
         moments: Of its experts.
         rank: ``r``, at most ``H``.
-        least: Experts that saw less than as many slots of equal weight get none.
+        least: Experts that saw less than as many slots of equal weight get none. The rank of the others is at most half
+            of what they saw; rows beyond it are 0.
     """
     E, H = moments.inputs.shape
-    known = (moments.effective >= max(least, 2 * rank)) & (moments.weight > 0)
+    known = (moments.effective >= least) & (moments.weight > 0)
     parts = [torch.zeros(E, *shape, dtype=torch.float64) for shape in ((rank, H), (rank, H), (H,), (H,))]
     inner, outer, mean_in, mean_out = parts
     for expert in known.nonzero().flatten().tolist():
@@ -60,10 +61,13 @@ def fit(moments: Moments, rank: int, least: float = LEAST) -> LayerFit:
         x, y = moments.inputs[expert].double() / total, moments.outputs[expert].double() / total
         covariance = moments.input_input[expert].double() / total - torch.outer(x, x)
         cross = moments.input_output[expert].double() / total - torch.outer(x, y)
-        ridge = RIDGE * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        solved = torch.linalg.solve(covariance + ridge * torch.eye(H, dtype=x.dtype, device=x.device), cross)
-        leading = _leading(solved.T @ covariance @ solved, rank)
-        inner[expert], outer[expert] = (solved @ leading).T.cpu(), leading.T.cpu()
+        spread = covariance.diagonal().mean()
+        own = min(rank, int(moments.effective[expert] // 2))
+        if own and bool(spread > 0):  # else the mean is all that is known
+            regular = covariance + RIDGE * spread * torch.eye(H, dtype=x.dtype, device=x.device)
+            solved = torch.linalg.solve(regular, cross)
+            leading = _leading(solved.T @ covariance @ solved, own)
+            inner[expert, :own], outer[expert, :own] = (solved @ leading).T.cpu(), leading.T.cpu()
         mean_in[expert], mean_out[expert] = (x + moments.origin.double()).cpu(), y.cpu()
     return LayerFit(inner, outer, mean_in, mean_out, known.cpu())
 

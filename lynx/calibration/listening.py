@@ -39,11 +39,13 @@ class Passage:
     @property
     def code(self) -> str:
         """A hash of what the model is called with."""
-        named = {"": self.inputs} if isinstance(self.inputs, Tensor) else self.inputs
+        named = {"": self.inputs} if isinstance(self.inputs, Tensor) else dict(self.inputs)
         digest = hashlib.sha256()
-        for name, value in named.items():
-            plain = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else repr(value).encode()
-            digest.update(name.encode() + bytes(plain))
+        for name, value in {**named, "live": self.live}.items():
+            told = f"{name} {value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{name} {value!r}"
+            digest.update(told.encode())
+            if isinstance(value, Tensor):
+                digest.update(bytes(value.detach().cpu().double().numpy()))
         return digest.hexdigest()[:16]
 
     def forward(self, model: Any) -> Any:

@@ -83,10 +83,14 @@ class Moments:
             self.input_output[expert].addmm_(weighted.T, y)
             self.output_output[expert] += (w * (y * y).sum(-1)).sum()
 
-    def __add__(self, other: Moments) -> Moments:
-        """Moments of both texts; they have one origin."""
-        summed = (getattr(self, each.name) + getattr(other, each.name) for each in fields(self)[1:])
-        return Moments(self.origin, *summed)
+    def join(self, other: Moments) -> None:
+        """Take in those of another text, in place; they have one origin."""
+        for each in fields(self)[1:]:
+            getattr(self, each.name).add_(getattr(other, each.name))
+
+    def to(self, device: torch.device) -> Moments:
+        """Return them on a device."""
+        return Moments(*(getattr(self, each.name).to(device) for each in fields(self)))
 
     @property
     def effective(self) -> Tensor:

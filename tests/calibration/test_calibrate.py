@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import lynx
@@ -98,13 +99,13 @@ def test_padding_tells_nothing(model, tmp_path):
 
 def test_little_memory_reads_the_text_again_for_each_layer(model, tmp_path):
     calls = []
-    little = Effort(ranks=(3,), least=4, memory=1e-6)
+    little = Effort(ranks=(3,), least=4, memory=4e-5)
     made = calibrate(model, passages(), tmp_path / "a.safetensors", little, advance=lambda: calls.append(1))
     assert len(calls) == readings(model, passages(), little) == 10
     same(made, calibrate(model, passages(), tmp_path / "b.safetensors", EFFORT))
 
 
-@pytest.mark.parametrize(("stop", "memory"), [(3, 4.0), (7, 1e-6)])
+@pytest.mark.parametrize(("stop", "memory"), [(3, 4.0), (7, 4e-5)])
 def test_it_goes_on_where_it_was_stopped(model, tmp_path, stop, memory):
     effort = Effort(ranks=(3,), least=4, memory=memory, save_every=0.0)
     whole = calibrate(model, passages(), tmp_path / "whole.safetensors", effort)
@@ -150,8 +151,19 @@ def test_of_several_ranks_each_layer_takes_its_own(model, tmp_path):
 
 
 def test_experts_that_saw_too_little_are_listed(model, tmp_path):
-    made = calibrate(model, passages(2), tmp_path / "a.safetensors", Effort(ranks=(3,), least=10_000))
-    assert made.missing == {layer.name: [0, 1, 2, 3] for layer in made.layers.values()}
+    all_of_them = calibrate(model, passages(), tmp_path / "all.safetensors", Effort(ranks=(1,), least=1))
+    assert all_of_them.missing == {}
+    with pytest.raises(lynx.ConfigError, match="nothing to write"):
+        calibrate(model, passages(2), tmp_path / "none.safetensors", Effort(ranks=(3,), least=10_000))
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+def test_a_wide_rank_beside_a_narrow_one_leaves_no_expert_out(model, tmp_path):
+    narrow = calibrate(model, passages(), tmp_path / "a.safetensors", Effort(ranks=(2,), least=4))
+    both = calibrate(model, passages(), tmp_path / "b.safetensors", Effort(ranks=(2, 16), least=4))
+    assert narrow.missing == both.missing == {}
+    for layer in both.layers.values():
+        assert layer.rank in (2, 16)
 
 
 def test_half_precision_is_kept(model, tmp_path):
@@ -166,9 +178,51 @@ def test_a_hash_knows_weights_again_in_another_precision():
     changed = weights.clone()
     changed[2] *= 1.1
     assert experts_hash([weights]) != experts_hash([changed])
+    wide = torch.randn(4, 64, 64)
+    for column in range(64):
+        changed = wide.clone()
+        changed[:, :, column] += 1
+        assert experts_hash([wide]) != experts_hash([changed])
+    biases = torch.randn(8, 64)
+    changed = biases.clone()
+    changed[3] += 1
+    assert experts_hash([biases]) != experts_hash([changed])
 
 
 class TestRefusals:
+    def test_of_layers_that_do_not_fit_into_memory(self, model, tmp_path):
+        with pytest.raises(lynx.ConfigError, match="give more memory"):
+            calibrate(model, passages(), tmp_path / "a.safetensors", Effort(memory=1e-6))
+
+    def test_of_models_whose_tokens_have_one_expert(self, tmp_path):
+        torch.manual_seed(0)
+        one = MixtralForCausalLM(MixtralConfig(**{**tiny().config.to_dict(), "num_experts_per_tok": 1})).eval()
+        with pytest.raises(lynx.UnsupportedModelError, match="one expert"):
+            calibrate(one, passages(), tmp_path / "a.safetensors", EFFORT)
+
+    def test_of_models_in_training(self, model, tmp_path):
+        with pytest.raises(lynx.ConfigError, match="eval"):
+            calibrate(model.train(), passages(), tmp_path / "a.safetensors", EFFORT)
+
+    def test_of_damaged_files(self, model, tmp_path):
+        path = tmp_path / "a.safetensors"
+        calibrate(model, passages(), path, EFFORT)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        changes = (
+            lambda found: found.pop("layers.0.known"),
+            lambda found: found.update({"layers.1.inner": found["layers.1.inner"] * torch.nan}),
+            lambda found: found.update({"layers.1.mean_in": found["layers.1.mean_in"][:, :3].contiguous()}),
+        )
+        for place, change in enumerate(changes):
+            damaged = dict(tensors)
+            change(damaged)
+            other = tmp_path / f"{place}.safetensors"
+            save_file(damaged, other, metadata)
+            with pytest.raises(lynx.ConfigError, match="damaged"):
+                lynx.attach(model, "batch-union", standins=other)
+
     def test_of_attached_models(self, model, tmp_path):
         with lynx.attach(model, "batch-union"), pytest.raises(lynx.AttachError, match="not"):
             calibrate(model, passages(), tmp_path / "a.safetensors", EFFORT)

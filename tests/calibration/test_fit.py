@@ -119,3 +119,16 @@ def test_many_slots_of_hardly_any_weight_are_few():
     weights[ids == 2] = 1e-9
     weights[(ids == 2).nonzero()[0]] = 1.0
     assert fit(moments(inputs, outputs, ids, weights), 2).known.tolist() == [True, True, False]
+
+
+def test_inputs_that_are_all_the_same_give_the_mean_output():
+    inputs, outputs, ids, weights = slots(7)
+    inputs[ids == 0] = inputs[0].clone()
+    fitted = fit(moments(inputs, outputs, ids, weights, origin=inputs[0]), 2)
+    assert fitted.known.all()
+    assert not fitted.inner[0].any()
+    w = weights[ids == 0] / weights[ids == 0].sum()
+    torch.testing.assert_close(fitted.mean_out[0], w @ outputs[ids == 0])
+    few = fit(moments(inputs[:3], outputs[:3], torch.tensor([1, 1, 2]), weights[:3]), 4, least=1)
+    assert few.known.tolist() == [False, True, True]
+    assert torch.isfinite(few.inner).all()
