@@ -101,6 +101,10 @@ class Report:
         """Batches, over all layers, in which the strategy raised."""
         return sum(layer.failures for layer in self.layers)
 
+    @property
+    def _stood_in(self) -> bool:
+        return any(phase.answered_mass_most for phase in self.total.values())
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as in :meth:`to_json`."""
         return {**asdict(self), "failures": self.failures}
@@ -113,7 +117,7 @@ class Report:
         table = Table(title=f"lynx: {_describe(self.strategy)} (experts: {self.experts})", title_justify="left")
         for column in ("layer", "phase"):
             table.add_column(column)
-        stood_in = bool(self.total["decode"].answered_mass_most or self.total["prefill"].answered_mass_most)
+        stood_in = self._stood_in
         mass = ("kept mass", "worst", *(("stood in", "most") if stood_in else ()))
         for column in ("steps", "open", "exact", "padding", "active", "after", *mass, "fallbacks"):
             table.add_column(column, justify="right")
@@ -128,7 +132,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, color_system=None)
+        console = Console(file=io.StringIO(), width=142 if self._stood_in else 120, color_system=None)
         console.print(self)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip()
