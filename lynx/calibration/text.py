@@ -54,7 +54,7 @@ def passages(subject: Subject, examples: Sequence[Example], batch: int = 8) -> l
     """Put examples together, those of a length with each other, filled up on the right.
 
     Raises:
-        ConfigError: There are not two batches of them.
+        ConfigError: A batch is of no size.
     """
     if batch < 1:
         raise ConfigError(f"batch is a count from 1; got {batch}.")
